@@ -1,0 +1,39 @@
+"""Every hook that a plugin may implement. Only `bnb_backends` is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+
+import pluggy
+
+if TYPE_CHECKING:
+    from bnb_core.backends.api import Backend
+    from bnb_core.backends.dispatch import Fallback
+
+PROJECT_NAME = "bnb_core"
+
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+@hookspec
+def bnb_backends() -> "Iterable[Backend]":
+    """Return the backends that this plugin provides. Called once, when the plugin is first needed."""
+    raise NotImplementedError
+
+
+@hookspec
+def bnb_codebooks() -> Mapping[str, Sequence[float]]:
+    """Return codebooks by name, 16 or 256 values each, that `quant_type` and `get_codebook` then accept."""
+    raise NotImplementedError
+
+
+@hookspec
+def bnb_doctor() -> Iterable[Any]:
+    """Return `bnb_core.backends.doctor.Check` objects to show in `bnb doctor`."""
+    raise NotImplementedError
+
+
+@hookspec
+def bnb_fallback(event: "Fallback") -> None:
+    """Observe that an op ran on another backend than the preferred one. Called once for each distinct event."""

@@ -1,0 +1,58 @@
+"""Whether a call may run its kernel directly, or must go through the torch dispatcher: `ordinary_execution` and `is_plain`.
+
+The direct way saves most of a call's host time. It is right only for ordinary tensors in ordinary eager execution: under vmap,
+func.grad, jit.trace or make_fx `type(x) is torch.Tensor` still holds, and a kernel's result would be baked in silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable, Set
+
+import torch
+
+#: Whether `torch.ops.bnb.*` exist. Older torch has no way to register the autograd of an op that is needed here; there, every
+#: call runs directly.
+REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
+
+_plain_types: Set[type] = {torch.Tensor, torch.nn.Parameter}
+
+
+def add_plain_type(cls: type) -> type:
+    """Declare a tensor subclass whose data is that of an ordinary tensor, as bnb_core's parameter classes are."""
+    _plain_types.add(cls)
+    return cls
+
+
+def _make_ordinary_execution() -> Callable[[], bool]:
+    if not REGISTERED:
+        return lambda: True
+    dispatch_modes = torch._C._len_torch_dispatch_stack
+    functorch_level = torch._C._functorch.maybe_current_level
+    tracing_state = torch._C._get_tracing_state
+    forward_ad = torch.autograd.forward_ad
+    compiling = torch.compiler.is_compiling
+
+    def ordinary_execution() -> bool:
+        return not (
+            compiling()
+            or dispatch_modes()
+            or tracing_state() is not None
+            or functorch_level() is not None
+            or forward_ad._current_level >= 0
+        )
+
+    return ordinary_execution
+
+
+#: Say whether no compiler, tracer, dispatch mode, function transform or forward-mode differentiation is active.
+ordinary_execution = _make_ordinary_execution()
+
+
+def under_functorch() -> bool:
+    """Say whether a function transform (vmap, grad, ...) is active; never true while compiling, which traces them itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def is_plain(tensors: Iterable[Any]) -> bool:
+    """Say whether all these tensors (or None) are ordinary ones."""
+    return all(tensor is None or type(tensor) in _plain_types for tensor in tensors)
