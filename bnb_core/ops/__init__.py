@@ -53,8 +53,8 @@ __all__ = [
     "int8_matmul_dequant",
     "int8_quantize_rows",
     "int8_quantize_rows_cols",
-    "optimizer_step_32bit_",
     "optimizer_step_8bit_blockwise_",
+    "optimizer_step_32bit_",
     "quantize_4bit",
     "quantize_blockwise",
 ]

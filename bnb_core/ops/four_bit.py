@@ -122,7 +122,7 @@ def _check_offsets(
 ) -> None:
     if offsets[0] != 0 or offsets[-1] != x.shape[0] or (offsets[1:] < offsets[:-1]).any():
         raise InvalidArgumentError(
-            f"grouped_gemm_4bit: offsets {offsets.tolist()} must rise from 0 to the number of tokens, {x.shape[0]}; sort tokens by expert"
+            f"grouped_gemm_4bit: offsets {offsets.tolist()} must rise from 0 to {x.shape[0]}, the tokens; sort these by expert"
         )
 
 
