@@ -1,7 +1,7 @@
 """Optimizer steps: read a piece of a parameter and its states, apply the rule, write it back.
 
-Arithmetic on elements is float32. What depends on hyperparameters, step and learning rate alone is worked out in float64 and rounded
-once, where it meets the elements.
+Arithmetic on elements is float32. What depends on hyperparameters, step and learning rate alone is worked out in float64, and
+rounded once, where it meets the elements.
 """
 
 from __future__ import annotations
