@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bnb_core import ops
 from bnb_core.backends import selection
@@ -242,6 +243,7 @@ class _TrainedWeight(torch.autograd.Function):
         return ops.int8_linear(A, codes, absmax, bias, threshold)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         (grad,) = grads
         A, codes, absmax = ctx.saved_tensors
