@@ -61,8 +61,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         get_4bit_type(quant_type, "cpu")  # one that does not exist is refused now, not when the model moves
         if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
             raise InvalidArgumentError(
-                f"{type(self).__name__}: compute_dtype is {compute_dtype}; it must be torch.float32, torch.float16, torch.bfloat16, "
-                "or None for the dtype of each input"
+                f"{type(self).__name__}: compute_dtype is {compute_dtype}; it must be torch.float32, torch.float16 or "
+                "torch.bfloat16, or None for the dtype of each input"
             )
         super().__init__(input_features, output_features, bias, device)
         self.quant_state: Optional[QuantState] = None
@@ -170,7 +170,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         new = Params4bit.from_prequantized(source, saved, device=device)
         assert new.quant_state is not None
         if tuple(new.quant_state.shape) != shape:
-            errors.append(f"size mismatch for the weight: the checkpoint's is {list(new.quant_state.shape)}, the module's {list(shape)}.")
+            found = list(new.quant_state.shape)
+            errors.append(f"size mismatch: the checkpoint's weight is of shape {found}, the module's of shape {list(shape)}.")
             return handled
         new.module = self
         self._replace_weight(new, assign)
