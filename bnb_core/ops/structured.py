@@ -320,3 +320,11 @@ def _note(error: BaseException, kernel: Kernel, first: torch.Tensor) -> None:
     """Say whose kernel raised, where Python can show it (3.11 on)."""
     if hasattr(error, "add_note"):
         error.add_note(f"{kernel.op.name} failed in backend {kernel.backend.name!r} on {first.device}")
+
+
+def structured_op(name: str) -> StructuredOp:
+    """Return the op of that name in `OPS`, which takes its arguments by position, complete."""
+    from bnb_core import ops
+
+    getattr(ops, name)  # loads the family that defines it
+    return _ops[name]
