@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -94,8 +93,10 @@ class Report:
             f"bnb backend: {name} ({_distribution(name)}, written for backend API {written_for}), "
             f"device: {self._config.getoption('--bnb-device') or 'default'}",
         ]
-        variables = [_describe_variable(variable) for variable in sorted(os.environ) if variable.startswith("BNB_")]
-        return lines + ([f"bnb environment: {', '.join(variables)}"] if variables else [])
+        from bnb_core.backends import environment, list_backends
+
+        lines += [f"bnb environment: {name}={os.environ[name]}" for name in sorted(environment.VARIABLES) if name in os.environ]
+        return lines + [f"bnb environment: {line}" for line in environment.unknown_variables(e.name for e in list_backends())]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count one phase of one test."""
@@ -129,12 +130,3 @@ def _distribution(backend: str) -> str:
 
     return next((entry.distribution for entry in list_backends() if entry.name == backend), "gone")
 
-
-def _describe_variable(variable: str) -> str:
-    from bnb_core.backends.selection import ENVIRONMENT_VARIABLES
-
-    text = f"{variable}={os.environ[variable]}"
-    if variable in ENVIRONMENT_VARIABLES:
-        return text
-    close = difflib.get_close_matches(variable, ENVIRONMENT_VARIABLES, n=1)
-    return f"{text} (unknown{f'; did you mean {close[0]}?' if close else ''})"

@@ -8,7 +8,8 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 import pytest
 import torch
 
-from bnb_core.backends import YES, Call, get_backend
+from bnb_core.backends import Backend, Call, get_backend
+from bnb_core.backends.discovery import registry
 from bnb_core.backends.selection import Selection, pinned
 from bnb_core.errors import OpNotSupportedError
 from bnb_core.ops.spec import OPS, Nested, OpSpec, Parameter
@@ -40,13 +41,13 @@ class Subject:
         self.strict = strict
         self.selection = _alone(name)
 
-    def refusal(self, op: str, dtype: str) -> Optional[str]:
-        """Say why the backend declares no kernel for this op and dtype; None if it does."""
+    def refusal(self, op: str, dtype: str) -> str:
+        """Say why the backend declares no kernel for this op and dtype; empty if it does."""
         kernel = self.backend.kernels.get(op)
         if kernel is None:
             return f"{self.backend.name} does not implement {op}"
-        refusal = kernel.refusal(self.device.type, getattr(torch, dtype))
-        return f"{self.backend.name} does not implement {op} for this: {refusal}" if refusal else None
+        reason = kernel.refusal(self.device.type, dtype)
+        return f"{self.backend.name} does not implement {op} for this: {reason}" if reason else ""
 
     def kernel(self, op: str, dtype: str) -> "KernelUnderTest":
         """Return the backend's kernel for an op and dtype, or skip the test if it does not declare one."""
@@ -121,18 +122,22 @@ class KernelUnderTest:
 
 
     def _skip_if_refused(self, args: List[Any]) -> None:
-        """Skip the test if the kernel's `when` refuses this call, and fail it if that gives no reason."""
-        when = self.backend.kernels[self.spec.name].when
-        support = when(Call(self.spec, tuple(args))) if when is not None else YES
-        if not support:
-            assert support.reason, f"{self.backend.name} refuses a call of {self.spec.name} without a reason"
-            self._subject.refuse(f"{self.backend.name} refuses {self.spec.name}: {support.reason}")
+        """Skip the test if the kernel's `when` refuses this call."""
+        reason = self.backend.kernels[self.spec.name].refusal_of(Call(self.spec, tuple(args)))
+        if reason:
+            self._subject.refuse(f"{self.backend.name} refuses {self.spec.name}: {reason}")
+
+
+class _Alone(Selection):
+    """One backend, and nothing to fall back to, whatever the environment says."""
+
+    def chain(self, device_type: str) -> Tuple[Backend, ...]:
+        return (registry.backend(self.names[0]),)
 
 
 @functools.lru_cache(maxsize=None)
 def _alone(name: str) -> Selection:
-    """Select this backend as `use_backend(name)` with `BNB_FALLBACK=never` does, whatever the environment says."""
-    return Selection((name,), "the conformance suite", "never")
+    return _Alone((name,), "the conformance suite")
 
 
 def _default_device(name: str) -> str:
