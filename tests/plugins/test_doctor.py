@@ -99,6 +99,7 @@ def test_the_text_says_the_same(site, add, bnb, choose):
     torn = next(line for line in lines if line.startswith("torn"))
     assert torn.endswith("-         -     ModuleNotFoundError: No module named 'no_such_module'")
     assert [line.split() for line in lines if line.startswith("quantize_4bit")] == [["quantize_4bit", "host*", "nobody", "nobody"]]
+    assert "* calls that it refuses run on the next backend" in lines
     assert "warn    BNB_BACKENDS is set but unknown; did you mean BNB_BACKEND?" in lines
     assert "warn    backend 'torn' is broken; `bnb doctor -v torn` shows the traceback" in lines
     assert "Traceback" not in result.output
