@@ -312,3 +312,11 @@ class _TransformedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return (None, *_flat_gradients(ctx, ctx.bnb_op, grads[0], ctx.needs_input_grad[1:]))
+
+
+def structured_op(name: str) -> StructuredOp:
+    """Return the op of that name in `OPS`; it takes the op's arguments by position, complete."""
+    from bnb_core import ops
+
+    getattr(ops, name)  # loads the family that defines it
+    return _ops[name]
