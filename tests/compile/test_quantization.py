@@ -135,3 +135,13 @@ def test_fake_tensors_get_shapes():
         assert state.state2.absmax.shape == (1,)
         assert bnb.matmul_4bit(torch.empty(2, 33), packed, state).shape == (2, 48)
         assert F.dequantize_4bit(packed, state).shape == (48, 33)
+
+
+def test_fake_outputs_are_checked_too():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        packed, state = F.quantize_4bit(torch.empty(48, 64))
+        for out in (torch.empty(1, 5, 48), torch.empty(5, 48).half()):
+            with pytest.raises(bnb.errors.InvalidArgumentError, match="out for y is"):
+                bnb.matmul_4bit(torch.empty(5, 64), packed, state, out=out)
