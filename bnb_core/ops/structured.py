@@ -173,11 +173,7 @@ class StructuredOp:
             return results, results
         results = out if isinstance(out, tuple) else (out,)
         for (name, _), (shape, dtype), tensor in zip(self.spec.outputs, outputs, results):
-            if tensor.shape != torch.Size(shape) or tensor.dtype != dtype or tensor.device != device:
-                raise InvalidArgumentError(
-                    f"{self.spec.name}: out for {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                    f"it must be {dtype} {list(shape)} on {device}"
-                )
+            self._check_out(name, tensor, shape, dtype, device)
         return results, tuple(
             t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in results
         )
@@ -191,9 +187,18 @@ class StructuredOp:
         return results[0] if len(results) == 1 else results
 
     def _copy_out(self, result: Any, out: Any) -> Any:
-        for target, value in zip(out if isinstance(out, tuple) else (out,), result if isinstance(result, tuple) else (result,)):
+        targets, values = (value if isinstance(value, tuple) else (value,) for value in (out, result))
+        for (name, _), target, value in zip(self.spec.outputs, targets, values):
+            self._check_out(name, target, value.shape, value.dtype, value.device)
             target.copy_(value)
         return out
+
+    def _check_out(self, name: str, out: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
+        if out.shape != torch.Size(shape) or out.dtype != dtype or out.device != device:
+            raise InvalidArgumentError(
+                f"{self.spec.name}: out for {name} is {out.dtype} {list(out.shape)} on {out.device}; "
+                f"it must be {dtype} {list(shape)} on {device}"
+            )
 
     # ------------------------------------------------------------------------------------------------------------ torch.ops.bnb
 
