@@ -177,7 +177,7 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+        if param.numel() and 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 
 from bnb_core.backends import dispatch, selection
-from bnb_core.backends.api import Call, Kernel
+from bnb_core.backends.api import Call
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, under_functorch
 from bnb_core.ops.schema import flatten, tensors_of, torch_schema, unflatten
@@ -108,12 +108,10 @@ class StructuredOp:
             size = kernel.scratch(Call(self.spec, args))
             keywords["scratch"] = torch.empty(size, dtype=torch.uint8, device=first.device)
         kernel_args = args if not self._dropped else [value for i, value in enumerate(args) if i not in self._dropped]
-        if len(self.spec.parameters) != len(self.spec.kernel_parameters(kernel.backend.api_version)) + len(self._dropped):
-            kernel_args = kernel_args[: len(self.spec.kernel_parameters(kernel.backend.api_version))]
         try:
-            kernel.function(*kernel_args, **keywords)
+            kernel.function(*kernel_args[: kernel.arity], **keywords)
         except Exception as error:
-            _note(error, kernel, first)
+            dispatch.note_failure(error, kernel, first.device)
             raise
 
     def _run_empty(self, args: Tuple[Any, ...], targets: Tuple[torch.Tensor, ...]) -> None:
@@ -255,7 +253,7 @@ def _save(ctx: Any, op: StructuredOp, args: Tuple[Any, ...]) -> None:
 def _gradients(
     ctx: Any, op: StructuredOp, grad: torch.Tensor, needs_x: bool, needs_bias: bool
 ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    grad_bias = grad.sum_to_size(grad.shape[-1]) if needs_bias else None
     if not needs_x:
         return None, grad_bias
     saved = iter(ctx.saved_tensors)
@@ -316,7 +314,9 @@ class _TransformedLinearFunction(torch.autograd.Function):
         return (None, *_flat_gradients(ctx, ctx.bnb_op, grads[0], ctx.needs_input_grad[1:]))
 
 
-def _note(error: BaseException, kernel: Kernel, first: torch.Tensor) -> None:
-    """Say whose kernel raised, where Python can show it (3.11 on)."""
-    if hasattr(error, "add_note"):
-        error.add_note(f"{kernel.op.name} failed in backend {kernel.backend.name!r} on {first.device}")
+def structured_op(name: str) -> StructuredOp:
+    """Return the op of that name in `OPS`; it takes the op's arguments by position, complete."""
+    from bnb_core import ops
+
+    getattr(ops, name)  # loads the family that defines it
+    return _ops[name]

@@ -28,7 +28,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
         add_zero: have 0 among the values, which takes an odd number of them. Always so below 8 bits, where zeros fill the table.
 
     Returns:
-        float32 [256], ascending, with zeros in the middle where there are fewer values.
+        float32 [256], ascending; zeros are put in the middle where there are fewer values.
 
     Raises:
         InvalidArgumentError: total_bits is not accepted.
@@ -129,10 +129,11 @@ def _dynamic_values(signed: bool, max_exponent_bits: int = 7, total_bits: int = 
 
 
 def _spaced(start: float, end: float, count: int) -> "np.ndarray":
-    """Return evenly spaced float32 values as `torch.linspace` does on CPUs with a fused multiply-add, which float64 stands in for."""
+    """Return evenly spaced float32 values, as `torch.linspace` does on CPUs with a fused multiply-add."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(count - 1))
     i = np.arange(count)
+    # The product is exact in float64, so that rounding to float32 afterwards is the only rounding that matters.
     return np.where(i < count // 2, first + step * i, last - step * (count - 1 - i)).astype(np.float32)
 
 
@@ -148,7 +149,7 @@ def _with_signs(magnitudes: List[float], signed: bool) -> List[float]:
 
 def _scaled(values: List[float]) -> List[float]:
     """Sort, and divide by the largest, in float32."""
-    table = np.sort(np.float32(values))
+    table = np.sort(np.array(values, np.float32))
     return (table / table.max()).tolist()
 
 
@@ -171,13 +172,13 @@ _BUILT_IN: Dict[str, Tuple[float, ...]] = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
     # Sign, two exponent bits, one fraction bit. The code of -0 stands for 0.
-    "fp4": tuple((np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / np.float32(12.0)).tolist()),
+    "fp4": tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
     # AbnormalFloat for blocks of 64 (arXiv 2306.06965), in descending order as bitsandbytes has it.
     "af4": (
         *(1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164),
         *(0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0),
     ),
-    "int4": tuple((np.float32([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / np.float32(7.0)).tolist()),
+    "int4": tuple(value / 7 for value in (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7)),
     "dynamic": tuple(_dynamic_values(signed=True)),
     "udynamic": tuple(_dynamic_values(signed=False)),
 }

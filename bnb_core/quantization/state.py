@@ -31,8 +31,8 @@ class QuantState:
 
     #: The types and keys that bitsandbytes itself reads and writes.
     valid_quant_types = ("fp4", "nf4")
-    valid_qs_type_keys = [PACKED_PREFIX + name for name in valid_quant_types]
-    valid_qs_keys = [*KEYS, "quant_state"]
+    valid_qs_type_keys = (f"{PACKED_PREFIX}fp4", f"{PACKED_PREFIX}nf4")
+    valid_qs_keys = (*KEYS, "quant_state")
 
     def __init__(
         self,

