@@ -8,6 +8,9 @@ import torch
 
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
+from bnb_core.ops.arguments import conform
+from bnb_core.ops.plain import is_plain, ordinary_execution
+from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
 from bnb_core.ops.structured import Output, StructuredOp
 
@@ -24,9 +27,16 @@ class OptimizerStep(StructuredOp):
     strides are, they may read and write `numel()` consecutive elements. What is not so is copied, and copied back afterwards.
     """
 
-    def run(self, *args: Any, out: Any = None) -> Any:
+    def __call__(self, *args: Any, out: Any = None) -> Any:
+        """Update in place, directly where that is right and through the torch dispatcher otherwise."""
+        args = conform(self.spec, args)
+        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+            return self.run(*args)
+        return self.dispatch(args)
+
+    def run(self, *args: Any) -> Any:
         """Check, bring into storage order, resolve and run."""
-        self.meta(*args)
+        self.check(args)
         if not args[0]:
             return
         keep = [i for i, param in enumerate(args[0]) if param.numel()]
@@ -35,11 +45,10 @@ class OptimizerStep(StructuredOp):
         if not keep:
             return
         first = args[0][0]
-        self._check_devices(args, first.device)
         if first.device.type == "meta":
             return
         args, copies = self._in_storage_order(args)
-        self._run_kernel(args, first, ())
+        self._run_kernel(args, first)
         for original, copy in copies:
             original.copy_(copy)
 
@@ -66,9 +75,6 @@ class OptimizerStep(StructuredOp):
                     if name != "grads":
                         copies.append((original, tensors[i]))
         return tuple(aligned.get(at, value) for at, value in enumerate(args)), copies
-
-    def _contiguous(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return args  # storage order takes its place; codebooks and scales are made contiguous by whoever owns them
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

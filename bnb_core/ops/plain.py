@@ -48,11 +48,16 @@ def _make_ordinary_execution() -> Callable[[], bool]:
 ordinary_execution = _make_ordinary_execution()
 
 
-def under_functorch() -> bool:
-    """Say whether a function transform (vmap, grad, ...) is active; never true while compiling, which traces them itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+def differentiating_functions() -> bool:
+    """Say whether a function transform (vmap, grad, ...) or forward-mode differentiation is active, of which torch.ops know nothing.
+
+    Never true while compiling: what is traced there is a graph of torch.ops, whatever transforms it afterwards.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def is_plain(tensors: Iterable[Any]) -> bool:
-    """Say whether all these tensors (or None) are ordinary ones."""
-    return all(tensor is None or type(tensor) in _plain_types for tensor in tensors)
+    """Say whether all these tensors are ordinary ones, whose memory a kernel may use."""
+    return _plain_types.issuperset(map(type, tensors))
