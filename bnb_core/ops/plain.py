@@ -14,6 +14,7 @@ import torch
 #: call runs directly.
 REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
 
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp) if REGISTERED else ()
 _plain_types: Set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -48,14 +49,17 @@ def _make_ordinary_execution() -> Callable[[], bool]:
 ordinary_execution = _make_ordinary_execution()
 
 
-def differentiating_functions() -> bool:
-    """Say whether a function transform (vmap, grad, ...) or forward-mode differentiation is active, of which torch.ops know nothing.
+def transforms_differentiate() -> bool:
+    """Say whether torch.func or forward-mode differentiation takes derivatives now, which torch.library's ops do not know.
 
-    Never true while compiling: what is traced there is a graph of torch.ops, whatever transforms it afterwards.
+    Never true while compiling, where what torch.func does to the ops of a graph is up to the compiler.
     """
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() in _DIFFERENTIATING for transform in transforms)
 
 
 def is_plain(tensors: Iterable[Any]) -> bool:

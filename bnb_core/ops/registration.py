@@ -57,11 +57,23 @@ def _vmap(op: "StructuredOp", torch_op: Any) -> Any:
     def vmap(info: Any, in_dims: Tuple[Any, ...], *flat: Any) -> Any:
         if op.rowwise and all(dim is None for dim in in_dims[1:]):
             return torch_op(flat[0].movedim(in_dims[0], 0), *flat[1:]), 0
-        calls = []
-        for i in range(info.batch_size):
-            calls.append(torch_op(*(value if dim is None else value.select(dim, i) for value, dim in zip(flat, in_dims))))
+        batched = [value if dim is None else value.movedim(dim, 0) for value, dim in zip(flat, in_dims)]
+        if info.batch_size == 0:
+            return _none_of(op, batched, in_dims)
+        calls = [
+            torch_op(*(value if dim is None else value[i] for value, dim in zip(batched, in_dims))) for i in range(info.batch_size)
+        ]
         if len(op.spec.outputs) == 1:
             return torch.stack(calls), 0
         return tuple(torch.stack(column) for column in zip(*calls)), (0,) * len(op.spec.outputs)
 
     return vmap
+
+
+def _none_of(op: "StructuredOp", batched: Sequence[Any], in_dims: Tuple[Any, ...]) -> Any:
+    """Return the outputs of no call at all, and their batch dimensions."""
+    call = [value if dim is None else value.new_empty(value.shape[1:]) for value, dim in zip(batched, in_dims)]
+    args = unflatten(op.spec, call)
+    device = op.first_of(args).device
+    results = tuple(torch.empty((0, *shape), dtype=dtype, device=device) for shape, dtype in op.check(args))
+    return (results[0], 0) if len(results) == 1 else (results, (0,) * len(results))

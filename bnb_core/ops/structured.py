@@ -23,7 +23,7 @@ from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
 from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_gradient
 from bnb_core.ops.outputs import Output, check_out, store, targets_for
-from bnb_core.ops.plain import REGISTERED, differentiating_functions, is_plain, ordinary_execution
+from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, transforms_differentiate
 from bnb_core.ops.schema import flatten, tensors_of
 from bnb_core.ops.spec import OPS, Nested
 
@@ -257,7 +257,7 @@ class StructuredOp:
                 self._refuse_out()
             results = check_out(self.spec, out, outputs, self.first_of(args).device)
         flat = flatten(self.spec, args)
-        if differentiating_functions():
+        if transforms_differentiate():
             result = TransformedFunction.apply(self, *flat)
         else:
             result = self.torch_op(*flat)
