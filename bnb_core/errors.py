@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Tuple
+
 
 class BnbError(Exception):
     """Base of every error that bnb_core raises on purpose."""
@@ -27,6 +29,17 @@ class BackendLoadError(BackendError):
     """A backend that was asked for could not be imported, or does not follow the backend API."""
 
 
+class BackendIncompatibleError(BackendLoadError):
+    """A backend is written for a version of the backend API, `api_version`, that this bnb_core does not provide."""
+
+    def __init__(self, message: str, api_version: Tuple[int, int]) -> None:
+        super().__init__(message, api_version)
+        self.api_version = api_version
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class BackendUnavailableError(BackendError):
     """A backend that was asked for is installed but cannot run on this machine."""
 
@@ -37,6 +50,10 @@ class BackendDefinitionError(BackendError, TypeError):
 
 class OpNotSupportedError(BackendError, NotImplementedError):
     """No selected backend runs this op on this device and dtype."""
+
+
+class NotQuantizedError(BnbError, RuntimeError):
+    """A module is called whose weight has not been quantized yet."""
 
 
 class CheckpointError(BnbError, ValueError):

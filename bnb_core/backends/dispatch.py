@@ -6,13 +6,14 @@ cached as a `Plan`. A call on a plan without fallbacks and without `when` costs 
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
 from bnb_core.backends import selection as _selection
-from bnb_core.backends.api import Call, Kernel
+from bnb_core.backends.api import Backend, Call, Kernel, dtype_name
 from bnb_core.backends.discovery import registry
 from bnb_core.backends.selection import Selection
 from bnb_core.errors import OpNotSupportedError
@@ -28,7 +29,7 @@ class BackendFallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Fallback:
-    """That an op ran on `chosen` because `preferred` refused it."""
+    """That an op ran on the backend `chosen` because `preferred` refused it."""
 
     op: str
     device: str
@@ -41,32 +42,42 @@ class Fallback:
         return f"{self.op} on {self.device} {self.dtype}: {self.preferred} -> {self.chosen} ({self.reason})"
 
 
-@dataclass(frozen=True)
-class _Refusal:
+class Step(NamedTuple):
+    """One backend of a selection, and what it says to an op on a device type and dtype."""
+
     backend: str
-    reason: str
-    counts: bool
-    """Whether another backend's running the op is a fallback, rather than what was asked for."""
+    kernel: Optional[Kernel]
+    refusal: str
+    """Why it runs no such call; empty if its kernel may."""
 
 
 class Plan:
-    """What is known about an (op, device, dtype, selection) before any call."""
+    """What is known about an (op, device type, dtype, selection) before any call.
 
-    __slots__ = ("candidates", "direct")
+    Attributes:
+        steps: the backends to try, in order.
+        direct: the kernel that runs every such call, if the call need not be looked at.
+    """
 
-    def __init__(self, candidates: Tuple[Tuple[Kernel, Tuple[_Refusal, ...]], ...], refusals: Tuple[_Refusal, ...]) -> None:
-        #: Kernels in order, each with what was refused before it; at the end, None with all refusals.
-        self.candidates: Tuple[Tuple[Optional[Kernel], Tuple[_Refusal, ...]], ...] = (*candidates, (None, refusals))
+    __slots__ = ("direct", "steps")
+
+    def __init__(self, spec: OpSpec, device_type: str, dtype: str, selection: Selection) -> None:
+        self.steps = tuple(_step(spec, device_type, dtype, backend) for backend in selection.chain(device_type))
         self.direct: Optional[Kernel] = None
-        if candidates:
-            kernel, refused = candidates[0]
-            if kernel.when is None and not any(r.counts for r in refused) and _knows_all_parameters(kernel):
-                self.direct = kernel
+        for position, (backend, kernel, refusal) in enumerate(self.steps):
+            if kernel is not None and not refusal:
+                if kernel.unconditional and (position == 0 or backend in selection.names):
+                    self.direct = kernel
+                break
+
+
+def _step(spec: OpSpec, device_type: str, dtype: str, backend: Backend) -> Step:
+    kernel = backend.kernels.get(spec.name)
+    return Step(backend.name, kernel, "does not implement it" if kernel is None else kernel.refusal(device_type, dtype))
 
 
 _plans: Dict[Tuple[str, Any, Any, Selection], Plan] = {}
 _counts: Dict[Fallback, int] = {}
-_warned: Set[Fallback] = set()
 _lock = threading.Lock()
 
 
@@ -74,88 +85,48 @@ def resolve(spec: OpSpec, device: "torch.device", dtype: "torch.dtype", args: Tu
     """Return the kernel that runs this call.
 
     Args:
-        spec: the op. `args` are its arguments, complete and in the spec's order.
-        device, dtype: those that the spec dispatches by.
+        spec: the op.
+        device: device of the argument that the spec dispatches by.
+        dtype: the dtype that the spec dispatches by.
+        args: the op's arguments, complete and in the spec's order.
 
     Raises:
         OpNotSupportedError: every selected backend refuses; the message lists each with its reason.
-        BackendError: a backend that was asked for by name cannot be had.
+        BackendError: a backend that was asked for by name cannot be had, or none can.
+        ConfigurationError: `BNB_FALLBACK` has a value that is not accepted.
     """
     selection = _selection.current()
+    plans = _plans  # a refresh begins a new table, so that what a slower thread adds to this one is lost
     key = (spec.name, device, dtype, selection)
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is None:
-        plan = _plans[key] = _make_plan(spec, device.type, dtype, selection)
-    if plan.direct is not None:
-        return plan.direct
-    return _choose(plan, spec, device.type, dtype, selection, args)
-
-
-def _make_plan(spec: OpSpec, device_type: str, dtype: "torch.dtype", selection: Selection) -> Plan:
-    candidates: List[Tuple[Kernel, Tuple[_Refusal, ...]]] = []
-    refusals: List[_Refusal] = []
-    for backend in selection.chain(device_type):
-        kernel = backend.kernels.get(spec.name)
-        reason = "does not implement it" if kernel is None else kernel.refusal(device_type, dtype)
-        if kernel is None or reason is not None:
-            refusals.append(_Refusal(backend.name, reason or "", True))
-        else:
-            candidates.append((kernel, tuple(refusals)))
-    # Someone who lists several backends asked for each of them: moving along that list is not a fallback.
-    listed = [(k, tuple(_Refusal(r.backend, r.reason, k.backend.name not in selection.names) for r in rs)) for k, rs in candidates]
-    return Plan(tuple(listed), tuple(refusals))
-
-
-def _knows_all_parameters(kernel: Kernel) -> bool:
-    return all(parameter.since <= kernel.backend.api_version for parameter in kernel.op.parameters)
+        plan = plans[key] = Plan(spec, device.type, dtype_name(dtype), selection)
+    return plan.direct or _choose(plan, spec, device.type, dtype, selection, args)
 
 
 def _choose(
     plan: Plan, spec: OpSpec, device_type: str, dtype: "torch.dtype", selection: Selection, args: Tuple[Any, ...]
 ) -> Kernel:
     call = Call(spec, args)
-    refused_now: List[_Refusal] = []
-    for kernel, refused in plan.candidates:
-        if kernel is None:
-            raise OpNotSupportedError(_nobody(spec, device_type, dtype, selection, [*refused, *refused_now]))
-        reason = _refusal_of_call(kernel, call)
-        if reason is None:
-            counted = [r for r in (*refused, *refused_now) if r.counts and kernel.backend.name not in selection.names]
-            if counted:
-                first = counted[0]
-                _record(Fallback(spec.name, device_type, str(dtype), first.backend, kernel.backend.name, first.reason), selection)
+    refused: List[Tuple[str, str]] = []
+    for backend, kernel, refusal in plan.steps:
+        reason = refusal if kernel is None else refusal or kernel.refusal_of(call)
+        if kernel is not None and not reason:
+            if refused and backend not in selection.names:
+                preferred, why = refused[0]
+                _record(Fallback(spec.name, device_type, dtype_name(dtype), preferred, backend, why))
             return kernel
-        refused_now.append(_Refusal(kernel.backend.name, reason, True))
-    raise AssertionError("unreachable: a plan ends with its refusals")
+        refused.append((backend, reason))
+    tried = "".join(f"\n  {backend}: {reason}" for backend, reason in refused) or "\n  none has kernels for this device"
+    raise OpNotSupportedError(f"no backend can run {spec.name} on {device_type} {dtype} (selected by {selection.source}):{tried}")
 
 
-def _refusal_of_call(kernel: Kernel, call: Call) -> Optional[str]:
-    for parameter in kernel.op.parameters:
-        if parameter.since > kernel.backend.api_version and getattr(call, parameter.name) != parameter.default:
-            return f"written for an API without {parameter.name!r}"
-    if kernel.when is not None:
-        support = kernel.when(call)
-        if not support:
-            return support.reason or "no reason given"
-    return None
-
-
-def _nobody(spec: OpSpec, device_type: str, dtype: "torch.dtype", selection: Selection, refusals: List[_Refusal]) -> str:
-    tried = (
-        "".join(f"\n  {refusal.backend}: {refusal.reason}" for refusal in refusals) or "\n  no backend has kernels for this device"
-    )
-    return f"no backend can run {spec.name} on {device_type} {dtype} (selected by {selection.source}):{tried}"
-
-
-def _record(event: Fallback, selection: Selection) -> None:
+def _record(event: Fallback) -> None:
     with _lock:
-        _counts[event] = _counts.get(event, 0) + 1
-        new = event not in _warned
-        _warned.add(event)
-    if new:
-        for _ in registry.call_hook("bnb_fallback", event=event):
-            pass
-        if selection.fallback == "warn":
+        count = _counts[event] = _counts.get(event, 0) + 1
+    if count == 1:
+        registry.call_hook("bnb_fallback", event=event)
+        if _selection.fallback_policy() == "warn":
             warnings.warn(f"{event}; set BNB_FALLBACK=allow to silence this", BackendFallbackWarning, stacklevel=2)
 
 
@@ -169,7 +140,28 @@ def reset_fallbacks() -> None:
     """Set the counts to zero, and warn again about each kind of fallback."""
     with _lock:
         _counts.clear()
-        _warned.clear()
 
 
-registry.on_change.append(_plans.clear)
+def note_failure(error: BaseException, kernel: Kernel, device: "torch.device") -> None:
+    """Say on an exception whose kernel raised it, where Python can show that (from 3.11 on).
+
+    The call is never tried again elsewhere: its outputs, or an optimizer's state, may be half written.
+    """
+    if hasattr(error, "add_note"):
+        origin = registry.origin(kernel.backend)
+        error.add_note(f"{kernel.op.name} failed in backend {kernel.backend.name!r} ({origin}) on {device}")
+
+
+def _forget_plans() -> None:
+    global _plans
+    _plans = {}
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # the thread that held it does not exist in the child
+
+
+registry.on_change.append(_forget_plans)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

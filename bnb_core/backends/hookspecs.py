@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterable, Mapping, Sequence
 
 import pluggy
 
 if TYPE_CHECKING:
     from bnb_core.backends.api import Backend
     from bnb_core.backends.dispatch import Fallback
+    from bnb_core.backends.doctor import Check
 
 PROJECT_NAME = "bnb_core"
 
@@ -18,7 +19,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec
 def bnb_backends() -> "Iterable[Backend]":
-    """Return the backends that this plugin provides. Called once, when the plugin is first needed."""
+    """Return the backends of this plugin; each has an entry point of its name. Called once, when one is first needed."""
     raise NotImplementedError
 
 
@@ -29,7 +30,7 @@ def bnb_codebooks() -> Mapping[str, Sequence[float]]:
 
 
 @hookspec
-def bnb_doctor() -> Iterable[Any]:
+def bnb_doctor() -> "Iterable[Check]":
     """Return `bnb_core.backends.doctor.Check` objects to show in `bnb doctor`."""
     raise NotImplementedError
 
@@ -37,3 +38,4 @@ def bnb_doctor() -> Iterable[Any]:
 @hookspec
 def bnb_fallback(event: "Fallback") -> None:
     """Observe that an op ran on another backend than the preferred one. Called once for each distinct event."""
+    raise NotImplementedError

@@ -6,103 +6,111 @@ What is chosen explicitly fails loudly; what is found automatically degrades wit
 
 from __future__ import annotations
 
-import difflib
-import os
+import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Dict, Iterator, Optional, Tuple, Union
 
+from bnb_core.backends import environment, hardware
 from bnb_core.backends.api import Backend
-from bnb_core.backends.discovery import REFERENCE_NAME, Entry, State, registry
+from bnb_core.backends.discovery import INSTALL_HINTS, REFERENCE_NAME, Entry, State, registry
 from bnb_core.errors import BackendError, BackendNotFoundError, ConfigurationError
 
-FALLBACK_POLICIES = ("warn", "allow", "never")
-
-#: Environment variables that bnb_core and its own backends read. `bnb doctor` reports any other `BNB_*`.
-ENVIRONMENT_VARIABLES = {
-    "BNB_BACKEND": "names of the backends to use, in order, separated by commas",
-    "BNB_FALLBACK": "warn (default), allow or never: what happens when a backend cannot run an op",
-    "BNB_DISABLED_BACKENDS": "names of installed backends not to load, separated by commas",
-    "BNB_NEON_FEATURES": "CPU features that bnb-cpu-neon may use",
-    "BNB_NEON_PRECISION": "exact (default) or fast: how bnb-cpu-neon multiplies",
-}
-
-#: How to get the backends of this project where they are missing.
-INSTALL_HINTS = {
-    "reference": "pip install bnb-core[reference]",
-    "neon": "pip install bnb-cpu-neon",
-    "jetson": "pip install bnb-cuda-jetson",
-}
+logger = logging.getLogger("bnb_core.backends")
 
 
 class Selection:
-    """The backends that were asked for, by whom, and what to do where they cannot run an op. Compared by identity."""
+    """The backends that were asked for, if any, and by whom. Compared by identity."""
 
-    __slots__ = ("fallback", "names", "source")
+    __slots__ = ("names", "source")
 
-    def __init__(self, names: Tuple[str, ...], source: str, fallback: str) -> None:
+    def __init__(self, names: Tuple[str, ...], source: str) -> None:
         self.names = names
         self.source = source
-        self.fallback = fallback
 
     def __repr__(self) -> str:
-        return f"<Selection {', '.join(self.names) or 'automatic'} ({self.source}), fallback: {self.fallback}>"
+        return f"<Selection {', '.join(self.names) or 'automatic'} ({self.source})>"
 
     def chain(self, device_type: str) -> Tuple[Backend, ...]:
         """Return the backends to try for tensors of this device type, in order.
 
         Raises:
-            BackendError: one that was named is missing, broken, unavailable or ambiguous; or none is installed at all.
+            BackendError: one that was named is missing, broken, unavailable or ambiguous; or none is usable at all.
+            ConfigurationError: `BNB_FALLBACK` has a value that is not accepted.
         """
-        if self.names:
-            chain = tuple(_require(name, self.source) for name in self.names)
-            if self.fallback != "never" and REFERENCE_NAME not in self.names:
-                chain += tuple(backend for backend in _ready(REFERENCE_NAME))
+        strict = fallback_policy() == "never"
+        if not self.names:
+            covering = tuple(backend for backend in _ready() if backend.covers(device_type))
+            return covering[:1] if strict else covering
+        chain = tuple(self._named(name) for name in self.names)
+        if strict or REFERENCE_NAME in self.names:
             return chain
-        ready = registry.ready()
-        if not ready:
-            raise BackendNotFoundError(f"no backend can run here; {INSTALL_HINTS[REFERENCE_NAME]}, or see `bnb doctor`")
-        covering = tuple(backend for backend in ready if backend.covers(device_type))
-        return covering[:1] if self.fallback == "never" else covering
+        return chain + _last_resort()
+
+    def first(self) -> Backend:
+        """Return the backend that is tried first, on whatever device.
+
+        Raises:
+            BackendError: it cannot be had.
+        """
+        return self._named(self.names[0]) if self.names else _ready()[0]
+
+    def _named(self, name: str) -> Backend:
+        try:
+            return registry.backend(name)
+        except BackendError as error:
+            if not self.source.startswith("BNB_BACKEND"):
+                raise
+            # Nothing in the program asked for it, so the message has to say who did.
+            raise type(error)(f"BNB_BACKEND={','.join(self.names)!r}: {error}") from error.__cause__
 
 
-_interned: Dict[Tuple[Tuple[str, ...], str, str], Selection] = {}
+def _ready() -> Tuple[Backend, ...]:
+    ready = registry.ready()
+    entries = registry.entries()
+    if not entries:
+        raise BackendNotFoundError(f"no backend installed; {INSTALL_HINTS[REFERENCE_NAME]}")
+    if not ready:
+        reasons = "".join(f"\n  {entry.name} ({entry.distribution}): {entry.state}, {entry.reason}" for entry in entries)
+        raise BackendNotFoundError(f"no installed backend can run here; {INSTALL_HINTS[REFERENCE_NAME]}{reasons}")
+    missing = hardware.missing_backend(entries)
+    if missing:
+        _inform_once(missing)
+    return ready
+
+
+@lru_cache(maxsize=None)
+def _inform_once(message: str) -> None:
+    logger.info(message)
+
+
+def _last_resort() -> Tuple[Backend, ...]:
+    entry = registry.snapshot().by_name.get(REFERENCE_NAME)
+    if entry is None or entry.load().state is not State.READY or entry.backend is None:
+        return ()
+    return (entry.backend,)
+
+
+_interned: Dict[Tuple[Tuple[str, ...], str], Selection] = {}
 _context: ContextVar[Optional[Selection]] = ContextVar("bnb_backend", default=None)
-_process: Optional[Tuple[str, ...]] = None
-_default: Optional[Selection] = None
+_process: Optional[Selection] = None
+_environment: Optional[Selection] = None
 
 
 def _intern(names: Tuple[str, ...], source: str) -> Selection:
-    fallback = _fallback_policy()
-    return _interned.setdefault((names, source, fallback), Selection(names, source, fallback))
-
-
-def _fallback_policy() -> str:
-    policy = os.environ.get("BNB_FALLBACK", "warn")
-    if policy not in FALLBACK_POLICIES:
-        raise ConfigurationError(
-            f"BNB_FALLBACK={policy!r} is not one of {', '.join(FALLBACK_POLICIES)}; set one of these or unset it"
-        )
-    return policy
+    return _interned.setdefault((names, source), Selection(names, source))
 
 
 def current() -> Selection:
-    """Return the selection in force. The environment is read once; `refresh()` reads it again."""
-    return _context.get() or process_selection()
+    """Return the selection in force."""
+    return _context.get() or _process or _environment or _read_environment()
 
 
-def process_selection() -> Selection:
-    """Return the selection outside every `use_backend`: `set_backend`, `BNB_BACKEND`, or automatic."""
-    global _default
-    selection = _default
-    if selection is None:
-        if _process is not None:
-            selection = _intern(_process, f"set_backend({', '.join(map(repr, _process))})")
-        else:
-            value = os.environ.get("BNB_BACKEND", "")
-            names = tuple(name.strip() for name in value.split(",") if name.strip())
-            selection = _intern(names, f"BNB_BACKEND={value}" if names else "automatic")
-        _default = selection
+def _read_environment() -> Selection:
+    global _environment
+    names = environment.names("BNB_BACKEND")
+    _environment = selection = _intern(names, f"BNB_BACKEND={','.join(names)}" if names else "priority")
     return selection
 
 
@@ -120,33 +128,33 @@ def pinned(selection: Selection) -> Iterator[None]:
 def use_backend(*backends: Union[str, Backend]) -> Iterator[None]:
     """Run the ops of this context on these backends, tried in order; `reference` follows unless `BNB_FALLBACK=never`.
 
-    The choice holds for the current thread or task. A new thread starts with the process's choice, and so does a compiled graph
-    each time it runs. Inside a function compiled with `fullgraph=True` it cannot be used: put it around the call.
+    The choice holds for the current thread or asynchronous task; a new thread starts with the choice of the process. A compiled
+    graph chooses each time it runs, by the thread that it runs on. Inside a function compiled with `fullgraph=True` this cannot be
+    used: put it around the call.
+
+    Args:
+        backends: names, or backends as `get_backend` returns them.
 
     Raises:
         BackendNotFoundError, BackendLoadError, BackendUnavailableError: a backend cannot be had.
+        ConfigurationError: no backend is given, or something that is neither a name nor a backend in use.
     """
-    names = _checked_names(backends)
-    selection = _intern(names, f"use_backend({', '.join(map(repr, names))})")
-    selection.chain("cpu")
-    with pinned(selection):
+    with pinned(_checked(backends, "use_backend")):
         yield
 
 
 def set_backend(*backends: Union[str, Backend]) -> None:
     """Run the ops of this process on these backends, tried in order; without arguments, choose by environment and priority again.
 
+    Args:
+        backends: names, or backends as `get_backend` returns them.
+
     Raises:
         BackendNotFoundError, BackendLoadError, BackendUnavailableError: a backend cannot be had; the former choice stays.
+        ConfigurationError: something is neither a name nor a backend in use; the former choice stays.
     """
-    global _process, _default
-    if backends:
-        names = _checked_names(backends)
-        _intern(names, f"set_backend({', '.join(map(repr, names))})").chain("cpu")
-        _process = names
-    else:
-        _process = None
-    _default = None
+    global _process
+    _process = _checked(backends, "set_backend") if backends else None
 
 
 def get_backend(name: Optional[str] = None) -> Backend:
@@ -155,15 +163,7 @@ def get_backend(name: Optional[str] = None) -> Backend:
     Raises:
         BackendNotFoundError, BackendLoadError, BackendUnavailableError: it cannot be had.
     """
-    if name is not None:
-        return _require(name, "")
-    selection = current()
-    if selection.names:
-        return _require(selection.names[0], selection.source)
-    ready = registry.ready()
-    if not ready:
-        raise BackendNotFoundError(f"no backend can run here; {INSTALL_HINTS[REFERENCE_NAME]}, or see `bnb doctor`")
-    return ready[0]
+    return current().first() if name is None else registry.backend(name)
 
 
 def list_backends() -> Tuple[Entry, ...]:
@@ -172,54 +172,35 @@ def list_backends() -> Tuple[Entry, ...]:
 
 
 def refresh() -> None:
-    """Look for installed backends again, and read the `BNB_*` variables again."""
+    """Look for installed backends again, and read `BNB_BACKEND`, `BNB_FALLBACK` and `BNB_DISABLED_BACKENDS` again."""
     registry.refresh()
 
 
-def _forget() -> None:
-    global _default
-    _default = None
+def _checked(backends: Tuple[Union[str, Backend], ...], caller: str) -> Selection:
+    """Select these backends, after making sure that each can be had."""
+    names = []
+    for backend in backends:
+        name = backend.name if isinstance(backend, Backend) else backend
+        if not isinstance(name, str):
+            raise ConfigurationError(f"{caller}({name!r}): pass backend names one by one, such as {caller}('neon', 'reference')")
+        if registry.backend(name) is not backend and isinstance(backend, Backend):
+            raise ConfigurationError(f"{caller}({backend!r}): another backend is in use under this name; register() yours first")
+        names.append(name)
+    if not names:
+        raise ConfigurationError(f"{caller}() needs a backend name, such as {caller}('reference')")
+    return _intern(tuple(names), f"{caller}({', '.join(map(repr, names))})")
 
 
-registry.on_change.append(_forget)
+@lru_cache(maxsize=None)
+def fallback_policy() -> str:
+    """Return what `BNB_FALLBACK` says; like every variable it is read once, and again after `refresh`."""
+    return environment.fallback_policy()
 
 
-def _checked_names(backends: Tuple[Union[str, Backend], ...]) -> Tuple[str, ...]:
-    if not backends:
-        raise ConfigurationError("use_backend() needs at least one backend name, such as use_backend('reference')")
-    return tuple(backend.name if isinstance(backend, Backend) else backend for backend in backends)
+def _forget_environment() -> None:
+    global _environment
+    _environment = None
+    fallback_policy.cache_clear()
 
 
-def _ready(name: str) -> Iterator[Backend]:
-    for entry in registry.named(name)[:1]:
-        if entry.state not in (State.BLOCKED, State.SHADOWED) and entry.load().state is State.READY:
-            assert entry.backend is not None
-            yield entry.backend
-
-
-def _require(name: str, source: str) -> Backend:
-    """Return a backend that was asked for by name; `source` says by whom, for the error."""
-    asked = f"{source}: " if source and not source.startswith("use_backend") else ""
-    entries = registry.named(name)
-    if not entries:
-        raise BackendNotFoundError(asked + _not_found(name))
-    distributions = [entry.distribution for entry in entries]
-    if len(entries) > 1 and not distributions[0].startswith("registered"):
-        raise BackendError(
-            f"{asked}{len(entries)} packages provide backend {name!r}: {', '.join(distributions)}; uninstall all but one"
-        )
-    try:
-        return entries[0].usable()
-    except BackendError as error:
-        if not asked:
-            raise
-        raise type(error)(f"{asked}{error}") from error.__cause__
-
-
-def _not_found(name: str) -> str:
-    installed = sorted({entry.name for entry in registry.entries()})
-    if name in INSTALL_HINTS:
-        return f"backend {name!r} is not installed; {INSTALL_HINTS[name]}"
-    close = difflib.get_close_matches(str(name), installed + list(INSTALL_HINTS), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"no backend named {name!r}; {hint}Installed: {', '.join(installed) or 'none'}. Run `bnb doctor` for details."
+registry.on_change.append(_forget_environment)

@@ -7,7 +7,8 @@ from typing import Optional, Sequence, Tuple
 import torch
 
 from bnb_core.ops import checks
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.outputs import Output
+from bnb_core.ops.structured import StructuredOp
 
 
 def _quantize_meta(x: torch.Tensor, codebook: torch.Tensor, blocksize: int) -> Sequence[Output]:

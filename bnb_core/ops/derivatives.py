@@ -13,6 +13,7 @@ from bnb_core.ops.schema import flatten, unflatten
 if TYPE_CHECKING:
     from bnb_core.ops.structured import StructuredOp
 
+MaybeTensor = Optional[torch.Tensor]
 
 
 def needs_gradient(op: "StructuredOp", args: Sequence[Any]) -> bool:
@@ -31,7 +32,7 @@ def _apply_adjoint(op: "StructuredOp", grad: torch.Tensor, args: Sequence[Any]) 
 
 
 def _apply_derivative(op: "StructuredOp", tangent: torch.Tensor, args: Sequence[Any]) -> torch.Tensor:
-    """Compute the tangent of the output: the adjoint's adjoint, which is the op itself where it rounds nothing else than its result."""
+    """Compute the tangent of the output, by the adjoint of the adjoint: the op itself, but for what it rounds besides its result."""
     if callable(op.adjoint):
         return op(tangent, *args[1:])
     return _apply_adjoint(op.adjoint_op, tangent, _arguments_of_adjoint(op, args))
@@ -67,7 +68,7 @@ def _saved_arguments(ctx: Any) -> Tuple[Any, ...]:
     return unflatten(ctx.bnb_op.spec, [next(saved) if value is _SAVED else value for value in ctx.bnb_flat])
 
 
-def gradients(ctx: Any, grad: torch.Tensor, needs_x: bool, needs_bias: bool) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+def gradients(ctx: Any, grad: torch.Tensor, needs_x: bool, needs_bias: bool) -> Tuple[MaybeTensor, MaybeTensor]:
     """Return the gradients of the first argument and of the bias, where they are needed.
 
     They are computed by the backends of the forward, also on autograd's own threads, which do not see `use_backend`.
@@ -79,10 +80,10 @@ def gradients(ctx: Any, grad: torch.Tensor, needs_x: bool, needs_bias: bool) -> 
         return _apply_adjoint(ctx.bnb_op, grad, _saved_arguments(ctx)), grad_bias
 
 
-def gradients_by_schema(ctx: Any, grad: torch.Tensor, needs: Sequence[bool]) -> List[Optional[torch.Tensor]]:
+def gradients_by_schema(ctx: Any, grad: torch.Tensor, needs: Sequence[bool]) -> List[MaybeTensor]:
     """Return a gradient for each argument of the torch schema, of which only two can have one."""
     bias_at = ctx.bnb_op.bias_at
-    flat: List[Optional[torch.Tensor]] = [None] * len(needs)
+    flat: List[MaybeTensor] = [None] * len(needs)
     flat[0], grad_bias = gradients(ctx, grad, needs[0], bias_at is not None and needs[bias_at])
     if bias_at is not None:
         flat[bias_at] = grad_bias
@@ -93,7 +94,7 @@ class LinearFunction(torch.autograd.Function):
     """The derivative for plain tensors."""
 
     @staticmethod
-    def forward(ctx: Any, op: "StructuredOp", call: Tuple[Any, ...], x: torch.Tensor, bias: Optional[torch.Tensor]) -> Any:
+    def forward(ctx: Any, op: "StructuredOp", call: Tuple[Any, ...], x: torch.Tensor, bias: MaybeTensor) -> Any:
         """Run the op on a call that has been looked up; `x` and `bias` are among its arguments."""
         save(ctx, op, call[0])
         return op.run_direct(*call)
@@ -130,7 +131,7 @@ class TransformedFunction(torch.autograd.Function):
             ctx.save_for_forward(*save(ctx, op, unflatten(op.spec, flat)))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Optional[torch.Tensor]) -> Any:
+    def backward(ctx: Any, *grads: MaybeTensor) -> Any:
         """Return a gradient for each parameter of `forward`."""
         needs = ctx.needs_input_grad[1:]
         grad = grads[0]
@@ -150,7 +151,7 @@ class TransformedFunction(torch.autograd.Function):
                 f"{op.spec.name}: a tangent of an argument in which the op has no derivative; detach that argument first"
             )
         bias = None if op.bias_at is None else flat[op.bias_at]
-        if flat[0] is None:
+        if flat[0] is None and bias is not None:
             return bias.expand(ctx.bnb_shape)
         tangent = _apply_derivative(op, flat[0], _saved_arguments(ctx))
         return tangent if bias is None else tangent + bias

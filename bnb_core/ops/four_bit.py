@@ -9,8 +9,9 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.indices import check_index_values, require_indices
+from bnb_core.ops.outputs import Output
 from bnb_core.ops.spec import Nested
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.structured import StructuredOp
 
 
 def _quantize_meta(x: torch.Tensor, codebook: torch.Tensor, blocksize: int) -> Sequence[Output]:
@@ -187,9 +188,7 @@ _quantize = StructuredOp("quantize_4bit", _quantize_meta)
 _dequantize = StructuredOp("dequantize_4bit", _dequantize_meta)
 _gemm = StructuredOp("gemm_4bit", _gemm_meta, adjoint="gemm_4bit_transposed", rowwise=True)
 _gemm_transposed = StructuredOp("gemm_4bit_transposed", _gemm_transposed_meta, adjoint="gemm_4bit", rowwise=True)
-_grouped = StructuredOp(
-    "grouped_gemm_4bit", _grouped_meta, adjoint="grouped_gemm_4bit_transposed", check_values=_check_offsets
-)
+_grouped = StructuredOp("grouped_gemm_4bit", _grouped_meta, adjoint="grouped_gemm_4bit_transposed", check_values=_check_offsets)
 _grouped_transposed = StructuredOp(
     "grouped_gemm_4bit_transposed", _grouped_transposed_meta, adjoint="grouped_gemm_4bit", check_values=_check_offsets
 )

@@ -9,7 +9,8 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.indices import check_index_values, require_indices
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.outputs import Output
+from bnb_core.ops.structured import StructuredOp
 
 
 def _require_threshold(op: str, threshold: float) -> None:
@@ -120,7 +121,9 @@ _matmul_dequant = StructuredOp("int8_matmul_dequant", _matmul_dequant_meta)
 _dequantize_rows = StructuredOp("int8_dequantize_rows", _dequantize_rows_meta)
 # Not `rowwise`: which columns are outlier columns depends on every row.
 _linear = StructuredOp("int8_linear", _linear_meta, adjoint="int8_linear_transposed")
-_linear_transposed = StructuredOp("int8_linear_transposed", _linear_transposed_meta, adjoint=_linear_transposed_adjoint, rowwise=True)
+_linear_transposed = StructuredOp(
+    "int8_linear_transposed", _linear_transposed_meta, adjoint=_linear_transposed_adjoint, rowwise=True
+)
 _embedding = StructuredOp("embedding_8bit", _embedding_meta, rowwise=True, check_values=_check_embedding_values)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
+from bnb_core.ops.outputs import Output
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.structured import StructuredOp
 
 Tensors = Sequence[torch.Tensor]
 Number = Union[float, torch.Tensor]
@@ -27,30 +28,34 @@ class OptimizerStep(StructuredOp):
     strides are, they may read and write `numel()` consecutive elements. What is not so is copied, and copied back afterwards.
     """
 
-    def __call__(self, *args: Any, out: Any = None) -> Any:
+    def call(self, args: Tuple[Any, ...], out: Any = None) -> None:
         """Update in place, directly where that is right and through the torch dispatcher otherwise."""
+        if out is not None:
+            raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
         args = conform(self.spec, args)
         if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
-            return self.run(*args)
-        return self.dispatch(args)
+            self.run(*args)
+        else:
+            self.dispatch(args)
 
-    def run(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> None:
         """Check, bring into storage order, resolve and run."""
         self.check(args)
-        if not args[0]:
-            return
         keep = [i for i, param in enumerate(args[0]) if param.numel()]
-        if len(keep) < len(args[0]):
-            args = tuple([value[i] for i in keep] if self._is_tensor_list(at) and value else value for at, value in enumerate(args))
         if not keep:
             return
-        first = args[0][0]
-        if first.device.type == "meta":
+        if len(keep) < len(args[0]):
+            args = tuple([value[i] for i in keep] if self._is_tensor_list(at) and value else value for at, value in enumerate(args))
+        if args[0][0].device.type == "meta":
             return
         args, copies = self._in_storage_order(args)
-        self._run_kernel(args, first)
+        self.run_checked(*args)
         for original, copy in copies:
             original.copy_(copy)
+
+    def run_checked(self, *args: Any) -> None:
+        """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
+        self._run_kernel(args, args[0][0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
@@ -66,15 +71,83 @@ class OptimizerStep(StructuredOp):
                 layout = param.contiguous()
                 aligned[0][i] = layout
                 copies.append((param, layout))
-            strides = layout.stride()
             for name in ("grads", *_STATES):
                 tensors = aligned[names[name]]
-                if tensors and tensors[i].stride() != strides and tensors[i].numel() > 1:
+                if tensors and not _same_storage_order(tensors[i], layout):
                     original = tensors[i]
                     tensors[i] = torch.empty_like(layout, dtype=original.dtype).copy_(original)
                     if name != "grads":
                         copies.append((original, tensors[i]))
         return tuple(aligned.get(at, value) for at, value in enumerate(args)), copies
+
+
+class StepBatch:
+    """Parameters and states that an optimizer updates together again and again: checked in full once, and then at a glance.
+
+    Full checks take longer than the step of many small tensors. So a batch that has passed them compares only what can change
+    behind its back, the gradients and the parameters' data. Whatever is not as it was goes through the full checks again.
+
+    Args:
+        op: `STEP_32BIT` or `STEP_8BIT`.
+        params: the parameters.
+        states: the op's arguments between `grads` and `algorithm`. They belong to the caller, who makes a new batch when it
+            replaces one, or when its hyperparameters need other states.
+    """
+
+    def __init__(self, op: OptimizerStep, params: List[torch.Tensor], states: Sequence[Any]) -> None:
+        self._op = op
+        self._params = params
+        self._states = tuple(states)
+        self._tail = (OPTIMIZER_BLOCKSIZE,) if op is STEP_8BIT else ()
+        self._known: Optional[_Known] = None
+
+    def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
+        """Update the parameters with these gradients; the other arguments are the op's."""
+        args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
+        if self._known is not None and ordinary_execution() and self._fits(grads, self._known):
+            self._op.run_checked(*args)
+        else:
+            self._op(*args)
+            self._known = self._describe()
+
+    def _fits(self, grads: List[torch.Tensor], known: "_Known") -> bool:
+        dtype, device, layouts = known
+        strided = torch.strided
+        for grad, param, (strides, numel) in zip(grads, self._params, layouts):
+            if (
+                type(grad) is not torch.Tensor
+                or grad.layout is not strided
+                or grad.dtype is not dtype
+                or grad.numel() != numel
+                or grad.stride() != strides
+                or grad.device != device
+                or param.dtype is not dtype
+                or param.numel() != numel
+                or param.stride() != strides
+                or param.device != device
+            ):
+                return False
+        return True
+
+    def _describe(self) -> Optional["_Known"]:
+        """Return what to compare with from now on; None where tensors have to be copied or go through the dispatcher."""
+        states = [tensors for tensors in self._states[:3] if tensors]
+        if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
+            return None
+        for i, param in enumerate(self._params):
+            if not (param.numel() and is_dense(param) and all(_same_storage_order(tensors[i], param) for tensors in states)):
+                return None
+        layouts = [(param.stride(), param.numel()) for param in self._params]
+        return _Known(self._params[0].dtype, self._params[0].device, layouts)
+
+
+class _Known(NamedTuple):
+    """What a batch was when it passed the checks."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layouts: List[Tuple[Tuple[int, ...], int]]
+    """Strides and size of each parameter."""
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -89,11 +162,25 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _same_storage_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Say whether tensors of one shape have their elements in the same order in storage, given that `b` is dense."""
+    return a.stride() == b.stride() or all(x == y for x, y, size in zip(a.stride(), b.stride(), b.shape) if size != 1)
+
+
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
     if len(grads) != len(params):
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
+        if 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+            raise InvalidArgumentError(
+                f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
+                "share memory; use `param.clone()`"
+            )
+        if grad.layout is not torch.strided:
+            raise InvalidArgumentError(
+                f"{op}: a gradient is {grad.layout}; only dense gradients are accepted, as `sparse=False` gives in embeddings"
+            )
         if param.dtype != params[0].dtype or grad.dtype != params[0].dtype:
             raise InvalidArgumentError(
                 f"{op}: dtypes {params[0].dtype}, {param.dtype} (parameter) and {grad.dtype} (gradient) in one call; "
@@ -110,19 +197,29 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
                 raise InvalidArgumentError(f"{op}: {name} has shape {list(tensor.shape)}, its parameter {list(param.shape)}")
 
 
+def _condition(state: Optional[str]) -> Union[str, bool]:
+    """Read off an entry of `ALGORITHMS` whether there is that state: always, never, or if a hyperparameter is set."""
+    if state is None or "(" not in state:
+        return state is not None
+    return state[state.index("(") + 1 : -1]
+
+
+_CONDITIONS = {name: tuple(_condition(state) for state in states) for name, (*states, _) in ALGORITHMS.items()}
+
+
 def required_states(algorithm: str, hyperparameters: Hyperparameters) -> Tuple[bool, bool, bool]:
-    """Say which of the three state lists an algorithm uses with these hyperparameters."""
+    """Say which of the three state lists an algorithm uses with these hyperparameters.
+
+    Raises:
+        InvalidArgumentError: there is no such algorithm.
+    """
     if algorithm not in ALGORITHMS:
         raise InvalidArgumentError(f"no optimizer algorithm {algorithm!r}; the algorithms are {', '.join(ALGORITHMS)}")
-    if algorithm == "adam":
-        return True, True, hyperparameters.amsgrad
-    if algorithm == "ademamix":
-        return True, True, True
-    if algorithm == "sgd":
-        return hyperparameters.momentum != 0.0, False, False
-    if algorithm == "rmsprop":
-        return True, hyperparameters.momentum != 0.0, hyperparameters.centered
-    return True, False, False
+    first, second, third = (
+        condition if isinstance(condition, bool) else bool(getattr(hyperparameters, condition))
+        for condition in _CONDITIONS[algorithm]
+    )
+    return first, second, third
 
 
 def _check_states_given(
@@ -138,6 +235,8 @@ def _check_number(op: str, name: str, value: Number) -> None:
         raise InvalidArgumentError(
             f"{op}: {name} is a {value.dtype} tensor of shape {list(value.shape)}; it must be float32 with no dimension"
         )
+    if name == "step" and not isinstance(value, torch.Tensor) and value < 1:
+        raise InvalidArgumentError(f"{op}: step is {value}; it counts from 1")
 
 
 def _step_32bit_meta(
@@ -198,8 +297,8 @@ def _step_8bit_meta(
     return ()
 
 
-_step_32bit = OptimizerStep("optimizer_step_32bit_", _step_32bit_meta)
-_step_8bit = OptimizerStep("optimizer_step_8bit_blockwise_", _step_8bit_meta)
+STEP_32BIT = OptimizerStep("optimizer_step_32bit_", _step_32bit_meta)
+STEP_8BIT = OptimizerStep("optimizer_step_8bit_blockwise_", _step_8bit_meta)
 
 
 def optimizer_step_32bit_(
@@ -227,7 +326,7 @@ def optimizer_step_32bit_(
     Raises:
         InvalidArgumentError: lists, dtypes, shapes or an algorithm that do not fit together.
     """
-    _step_32bit(params, grads, state1, state2, state3, algorithm, hyperparameters, step, lr)
+    STEP_32BIT(params, grads, state1, state2, state3, algorithm, hyperparameters, step, lr)
 
 
 def optimizer_step_8bit_blockwise_(
@@ -260,7 +359,7 @@ def optimizer_step_8bit_blockwise_(
     Raises:
         InvalidArgumentError: lists, dtypes, shapes or an algorithm that do not fit together.
     """
-    _step_8bit(
+    STEP_8BIT(
         params,
         grads,
         state1,

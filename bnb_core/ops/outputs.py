@@ -31,7 +31,7 @@ def check_out(spec: OpSpec, out: Any, outputs: Sequence[Output], device: torch.d
 
 
 def targets_for(results: List[torch.Tensor], arguments: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-    """Return what a kernel may write to in place of `results`: these themselves, or new tensors where memory has gaps or readers."""
+    """Return what a kernel may write to in place of `results`: these, or new tensors where their memory has gaps or other users."""
     return [
         result
         if is_plain([result])

@@ -2,7 +2,7 @@
 
 op(x, ...)
   plain tensors:    `StructuredOp` runs the kernel itself, under autograd where a gradient is asked for (`derivatives`)
-  everything else:  torch.ops.bnb.<op> (`registration`), whose implementation is the same `run`, and its Meta kernel the same `check`
+  everything else:  torch.ops.bnb.<op> (`registration`), implemented by the same `run`, with the same `check` as its Meta kernel
 
 What checks and outputs depend on, which is the arguments' types, shapes, dtypes and devices and the values of numbers, is a call's
 signature. It is worked out once and kept, so that a call like an earlier one costs a look-up.
@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 import torch
 
 from bnb_core.backends import dispatch
-from bnb_core.backends.api import Call, Kernel
+from bnb_core.backends.api import Call
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
@@ -37,14 +37,6 @@ _MOST_SIGNATURES = 4096
 
 _describe = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 _ops: Dict[str, "StructuredOp"] = {}
-
-
-def structured_op(name: str) -> "StructuredOp":
-    """Return the op of that name in `OPS`, which takes its arguments by position, complete."""
-    from bnb_core import ops
-
-    getattr(ops, name)  # loads the family that defines it
-    return _ops[name]
 
 
 class _Form:
@@ -205,7 +197,7 @@ class StructuredOp:
     def run_direct(self, args: Tuple[Any, ...], tensors: Tensors, signature: _Signature, out: Any = None) -> Any:
         """Run the kernel of a call that has been looked up."""
         for tensor in tensors:
-            if not tensor.is_contiguous():
+            if not tensor.is_contiguous() or tensor.is_neg():
                 args = _contiguous(args)
                 break
         if self.check_values is not None and signature.device.type == "cpu":
@@ -232,9 +224,9 @@ class StructuredOp:
             keywords["scratch"] = torch.empty(size, dtype=torch.uint8, device=first.device)
         kernel_args = args if self._kernel_arguments is None else self._kernel_arguments(args)
         try:
-            kernel.function(*kernel_args[: getattr(kernel, "arity", None)], **keywords)
+            kernel.function(*kernel_args[: kernel.arity], **keywords)
         except Exception as error:
-            _note(error, kernel, first)
+            dispatch.note_failure(error, kernel, first.device)
             raise
 
     def _run_empty(self, args: Tuple[Any, ...], targets: Sequence[torch.Tensor]) -> None:
@@ -257,10 +249,7 @@ class StructuredOp:
                 self._refuse_out()
             results = check_out(self.spec, out, outputs, self.first_of(args).device)
         flat = flatten(self.spec, args)
-        if transforms_differentiate():
-            result = TransformedFunction.apply(self, *flat)
-        else:
-            result = self.torch_op(*flat)
+        result = TransformedFunction.apply(self, *flat) if transforms_differentiate() else self.torch_op(*flat)
         if out is None:
             return result
         store(result if isinstance(result, tuple) else (result,), results)
@@ -308,7 +297,9 @@ def _picker(positions: Sequence[int]) -> Callable[[Tuple[Any, ...]], Tuple[Any, 
     return lambda values: tuple(values[at] for at in positions)
 
 
-def _note(error: BaseException, kernel: Kernel, first: torch.Tensor) -> None:
-    """Say whose kernel raised, where Python can show it (3.11 on)."""
-    if hasattr(error, "add_note"):
-        error.add_note(f"{kernel.op.name} failed in backend {kernel.backend.name!r} on {first.device}")
+def structured_op(name: str) -> StructuredOp:
+    """Return the op of that name in `OPS`; it takes the op's arguments by position, complete."""
+    from bnb_core import ops
+
+    getattr(ops, name)  # loads the family that defines it
+    return _ops[name]

@@ -28,9 +28,9 @@ def kernel(
 
 
 # The kernels register themselves on `backend`.
-from bnb_reference import dequantize, embedding, int8, matmul, quantize  # noqa: E402
+from bnb_reference import dequantize, embedding, int8, matmul, optimizer, quantize  # noqa: E402
 
-__all__ = ["backend", "dequantize", "embedding", "int8", "matmul", "quantize"]
+__all__ = ["backend", "dequantize", "embedding", "int8", "matmul", "optimizer", "quantize"]
 
 
 @hookimpl
