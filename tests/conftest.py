@@ -1,8 +1,11 @@
 """Fixtures for tests of the ops."""
 
+import functools
+
 import pytest
 import torch
 
+from bnb_core.backends import ANY_DEVICE, Backend, get_backend, register
 from bnb_core.ops import Hyperparameters, Nested
 from bnb_core.ops.spec import OPS
 
@@ -124,3 +127,34 @@ def dequantized():
         return codebook.double()[codes] * scales.double()[torch.arange(n) // blocksize]
 
     return compute
+
+
+@pytest.fixture
+def register_recorder():
+    """Register a backend that runs the reference's kernels: `register_recorder(name, factor=1)`.
+
+    It lists the ops that it ran in `ran`. An output that is floating-point is multiplied by `factor`.
+    """
+
+    def make(name, factor=1):
+        backend = Backend(name, api_version=(1, 0))
+        backend.ran = []
+        for op, kernel in get_backend("reference").kernels.items():
+            dtypes = [getattr(torch, dtype) for dtype in kernel.dtypes]
+            backend.kernel(op, devices={ANY_DEVICE}, dtypes=dtypes)(_recorded(backend, op, kernel.function, factor))
+        register(backend)
+        return backend
+
+    return make
+
+
+def _recorded(backend, op, function, factor):
+    @functools.wraps(function)
+    def run(*args, **keywords):
+        backend.ran.append(op)
+        function(*args, **keywords)
+        out = keywords.get("out")
+        if factor != 1 and isinstance(out, torch.Tensor) and out.is_floating_point():
+            out.mul_(factor)
+
+    return run

@@ -32,7 +32,7 @@ def _apply_adjoint(op: "StructuredOp", grad: torch.Tensor, args: Sequence[Any]) 
 
 
 def _apply_derivative(op: "StructuredOp", tangent: torch.Tensor, args: Sequence[Any]) -> torch.Tensor:
-    """Compute the tangent of the output, by the adjoint of the adjoint: the op itself, but for what it rounds besides its result."""
+    """Compute the tangent of the output, as the adjoint of the adjoint: like the op itself, it rounds nothing but its result."""
     if callable(op.adjoint):
         return op(tangent, *args[1:])
     return _apply_adjoint(op.adjoint_op, tangent, _arguments_of_adjoint(op, args))
