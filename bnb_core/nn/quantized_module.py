@@ -23,7 +23,7 @@ class QuantizedModule(torch.nn.Module):
 
     weight: Any
 
-    def _statistics(self) -> Any:
+    def _statistics(self, weight: Any) -> Any:
         """Return what belongs to the weight's codes; None if the weight is not quantized."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class QuantizedModule(torch.nn.Module):
             self.weight = new
 
     def _apply(self, fn: _Move, *args: Any, **kwargs: Any) -> Any:
-        old, statistics = self._parameters.get("weight"), self._statistics()
+        old, statistics = self._parameters.get("weight"), self._statistics(self.weight)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
             if tensor is not old:

@@ -145,7 +145,7 @@ def require_out(op: str, name: str, out: Any, shape: Tuple[Any, ...], dtype: tor
         raise InvalidArgumentError(
             f"{op}: out for {name} requires grad, and no gradient passes through out; detach it or use torch.no_grad()"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
+    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
         raise InvalidArgumentError(
             f"{op}: out for {name} has strides {list(out.stride())}, so that elements share memory; pass an expanded tensor's clone"
         )

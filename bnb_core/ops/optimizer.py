@@ -9,7 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
-from bnb_core.ops.outputs import Output
+from bnb_core.ops.outputs import Output, contiguous_strides
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
@@ -73,7 +73,7 @@ class OptimizerStep(StructuredOp):
                 copies.append((param, layout))
             for name in ("grads", *_STATES):
                 tensors = aligned[names[name]]
-                if tensors and not _same_storage_order(tensors[i], layout):
+                if tensors and not same_storage_order(tensors[i], layout.stride()):
                     original = tensors[i]
                     tensors[i] = torch.empty_like(layout, dtype=original.dtype).copy_(original)
                     if name != "grads":
@@ -135,7 +135,7 @@ class StepBatch:
         if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
             return None
         for i, param in enumerate(self._params):
-            if not (param.numel() and is_dense(param) and all(_same_storage_order(tensors[i], param) for tensors in states)):
+            if not (param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)):
                 return None
         layouts = [(param.stride(), param.numel()) for param in self._params]
         return _Known(self._params[0].dtype, self._params[0].device, layouts)
@@ -162,9 +162,14 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _same_storage_order(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Say whether tensors of one shape have their elements in the same order in storage, given that `b` is dense."""
-    return a.stride() == b.stride() or all(x == y for x, y, size in zip(a.stride(), b.stride(), b.shape) if size != 1)
+def storage_strides(tensor: torch.Tensor) -> Tuple[int, ...]:
+    """Return the strides of the dense tensor that kernels see: the tensor's own, or those of a contiguous copy."""
+    return tensor.stride() if is_dense(tensor) else contiguous_strides(tensor.shape)
+
+
+def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Say whether a tensor has its elements in the same order in storage as a dense one of its shape with these strides."""
+    return tensor.stride() == strides or all(x == y for x, y, size in zip(tensor.stride(), strides, tensor.shape) if size != 1)
 
 
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
@@ -172,7 +177,7 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+        if param.numel() and 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"

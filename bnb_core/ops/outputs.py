@@ -1,8 +1,9 @@
-"""Fill tensors that the caller gives as `out`, whatever their strides and whatever else lies in their memory."""
+"""Allocate outputs, or fill tensors that the caller gives, whatever their strides and whatever else lies in their memory."""
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Iterable, List, Sequence, Tuple
 
 import torch
 
@@ -13,6 +14,19 @@ from bnb_core.ops.spec import OpSpec
 
 #: Shape and dtype of one output.
 Output = Tuple[Sequence[Any], torch.dtype]
+
+
+def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Return what allocates a tensor: `torch.empty_strided` is faster than `torch.empty`, which has the strides to work out."""
+    return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
+
+
+def contiguous_strides(shape: Sequence[int]) -> Tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
 
 
 def check_out(spec: OpSpec, out: Any, outputs: Sequence[Output], device: torch.device) -> List[torch.Tensor]:

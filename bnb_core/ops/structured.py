@@ -10,7 +10,6 @@ signature. It is worked out once and kept, so that a call like an earlier one co
 
 from __future__ import annotations
 
-from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -22,7 +21,7 @@ from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
 from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_gradient
-from bnb_core.ops.outputs import Output, check_out, store, targets_for
+from bnb_core.ops.outputs import Output, allocator, check_out, store, targets_for
 from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, transforms_differentiate
 from bnb_core.ops.schema import flatten, tensors_of
 from bnb_core.ops.spec import OPS, Nested
@@ -66,7 +65,7 @@ class _Signature:
         self.outputs = op.check(args)
         first = op.first_of(args)
         self.device = first.device
-        self.allocators = [_allocator(tuple(shape), dtype, self.device) for shape, dtype in self.outputs]
+        self.allocators = [allocator(shape, dtype, self.device) for shape, dtype in self.outputs]
         #: Whether there is anything for a kernel to do.
         self.runs = self.device.type != "meta" and first.numel() > 0 and all(0 not in shape for shape, _ in self.outputs)
         self.requires_grad = any(tensor.requires_grad for tensor in tensors)
@@ -280,14 +279,6 @@ def _contiguous(args: Tuple[Any, ...]) -> Tuple[Any, ...]:
         return value.contiguous().resolve_neg() if isinstance(value, torch.Tensor) else value
 
     return tuple(Nested(*map(contiguous, value)) if isinstance(value, Nested) else contiguous(value) for value in args)
-
-
-def _allocator(shape: Tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-    """Return what allocates a tensor: `torch.empty_strided`, faster than `torch.empty`, which has the strides to work out."""
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 1, 0, -1):
-        strides[dim - 1] = strides[dim] * max(1, shape[dim])
-    return partial(torch.empty_strided, shape, tuple(strides), dtype=dtype, device=device)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Tuple[Any, ...]], Tuple[Any, ...]]:

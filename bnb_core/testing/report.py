@@ -103,7 +103,9 @@ class Report:
         found = dict(report.user_properties).get(PROPERTY)
         if found:
             name, device, op, dtype = found
-            self._results.setdefault(name, _Results(device)).add(report, op, dtype)
+            if name not in self._results:
+                self._results[name] = _Results(device)
+            self._results[name].add(report, op, dtype)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print one line for each backend, and write the file."""
