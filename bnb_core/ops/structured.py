@@ -253,7 +253,7 @@ def _save(ctx: Any, op: StructuredOp, args: Tuple[Any, ...]) -> None:
 def _gradients(
     ctx: Any, op: StructuredOp, grad: torch.Tensor, needs_x: bool, needs_bias: bool
 ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    grad_bias = grad.sum_to_size(grad.shape[-1]) if needs_bias else None
     if not needs_x:
         return None, grad_bias
     saved = iter(ctx.saved_tensors)

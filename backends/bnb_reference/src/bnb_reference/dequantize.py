@@ -1,4 +1,4 @@
-"""Kernels that dequantize blocks, and the pieces of 4-bit tensors that products are made of."""
+"""Kernels that dequantize blocks, and the values of a 4-bit tensor for the kernels that multiply by it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from bnb_core.ops.spec import Nested
 from bnb_reference import kernel
-from bnb_reference.blocks import piece_size, pieces
+from bnb_reference.blocks import pieces
+from bnb_reference.devices import piece_size
 
 
 @kernel("dequantize_blockwise")
@@ -16,11 +17,12 @@ def dequantize_blockwise(
     codes: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, blocksize: int, *, out: torch.Tensor
 ) -> None:
     """Fill `out` with codebook[code] * absmax."""
-    codes, out, codebook = codes.view(-1), out.view(-1), codebook.view(-1)
+    codes, absmax, codebook, out = codes.view(-1), absmax.view(-1), codebook.view(-1), out.view(-1)
     for elements, blocks in pieces(codes.numel(), blocksize, piece_size(codes.device)):
-        scale = absmax[blocks, None]
-        values = codebook.index_select(0, codes[elements].int()).view(scale.numel(), -1)
-        out[elements] = values.mul_(scale).view(-1)
+        scales = absmax[blocks, None]
+        values = codebook.index_select(0, codes[elements].long())
+        values.view(len(scales), -1).mul_(scales)
+        out[elements] = values
 
 
 @kernel("dequantize_4bit")
@@ -36,10 +38,8 @@ def dequantize_4bit(
     """Fill `out` with codebook[code] * absmax."""
     out = out.view(-1)
     values = Values4bit(packed, absmax, codebook, blocksize, nested)
-    step = piece_size(packed.device)
-    for start in range(0, out.numel(), step):
-        stop = min(start + step, out.numel())
-        out[start:stop] = values[start:stop]
+    for elements, _ in pieces(out.numel(), blocksize, piece_size(packed.device)):
+        out[elements] = values[elements]
 
 
 class Values4bit:
@@ -51,31 +51,37 @@ class Values4bit:
         self.device = packed.device
         self._packed = packed.view(-1)
         self._absmax = absmax.view(-1)
-        codebook = codebook.view(-1)
-        # The two values of each byte, so that one look-up serves two elements.
-        self._pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), 1)
         self._blocksize = blocksize
         self._nested = nested
+        # The two values of each byte as one 64-bit number, so that one look-up serves two elements.
+        codebook = codebook.view(-1)
+        self._pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), 1).view(torch.int64).view(-1)
 
     def __getitem__(self, elements: slice) -> torch.Tensor:
         blocksize = self._blocksize
         first, last = elements.start // blocksize, -(-elements.stop // blocksize)
         offset = first * blocksize
-        codes = self._packed[offset // 2 : last * blocksize // 2].int()
-        # Whole blocks: where the tensor ends within one, what follows its end is scaled too, and not returned.
-        values = torch.empty((last - first) * blocksize, dtype=torch.float32, device=codes.device)
-        values[: 2 * codes.numel()] = self._pairs.index_select(0, codes).view(-1)
-        blocks = torch.arange(first, last, device=self.device)
-        values.view(-1, blocksize).mul_(block_scales(self._absmax, self._nested, blocks)[:, None])
+        codes = self._packed[offset // 2 : last * blocksize // 2]
+        values = self._pairs.index_select(0, codes.int()).view(torch.float32)
+        scales = block_scales(self._absmax, self._nested, torch.arange(first, last, device=self.device))
+        whole = len(values) - len(values) % blocksize
+        values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize, None])
+        values[whole:].mul_(scales[-1:])  # the end of the last block, where that is shorter
         return values[elements.start - offset : elements.stop - offset]
 
 
 def block_scales(absmax: torch.Tensor, nested: Optional[Nested], blocks: torch.Tensor) -> torch.Tensor:
-    """Return the float32 scales of these blocks, recovering them where they are quantized themselves."""
+    """Return the float32 scales of the numbered blocks, recovering them where they are quantized themselves.
+
+    Args:
+        absmax: float32, or uint8 with `nested`; one dimension.
+        nested: what the scales are quantized with.
+        blocks: int64, any number of blocks in any order; one dimension.
+    """
     scales = absmax.index_select(0, blocks)
     if nested is None:
         return scales
-    scales = nested.codebook.view(-1).index_select(0, scales.int())
     groups = torch.div(blocks, nested.blocksize, rounding_mode="floor")
+    values = nested.codebook.view(-1).index_select(0, scales.int())
     # Two operations, and a rounding after each.
-    return scales.mul_(nested.absmax.view(-1).index_select(0, groups)).add_(nested.offset)
+    return values.mul_(nested.absmax.view(-1).index_select(0, groups)).add_(nested.offset)

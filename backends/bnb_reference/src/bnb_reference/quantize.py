@@ -8,33 +8,36 @@ import torch
 
 from bnb_core.ops.spec import ABSMAX_FLOOR
 from bnb_reference import kernel
-from bnb_reference.blocks import piece_size, pieces
+from bnb_reference.blocks import pieces
+from bnb_reference.devices import piece_size
 
 
 @kernel("quantize_blockwise")
 def quantize_blockwise(x: torch.Tensor, codebook: torch.Tensor, blocksize: int, *, out: Tuple[torch.Tensor, torch.Tensor]) -> None:
     """Fill `out` with the code of each element and the absmax of each block."""
     codes, absmax = out[0].view(-1), out[1]
-    midpoints, ranked = rank_entries(codebook)
-    for elements, ranks in _rank(x, midpoints, blocksize, absmax):
-        codes[elements] = ranked.index_select(0, ranks)
+    midpoints, code_of_rank = rank_entries(codebook)
+    for elements, scaled in _scale_blocks(x, blocksize, absmax):
+        codes[elements] = code_of_rank.index_select(0, _search(scaled, midpoints).int())
 
 
 @kernel("quantize_4bit")
 def quantize_4bit(x: torch.Tensor, codebook: torch.Tensor, blocksize: int, *, out: Tuple[torch.Tensor, torch.Tensor]) -> None:
     """Fill `out` with the packed codes and the absmax of each block."""
     packed, absmax = out
-    midpoints, ranked = rank_entries(codebook)
-    bytes_of_pairs = (ranked[:, None] << 4 | ranked).view(-1)
-    zero = torch.bucketize(torch.zeros(1, device=x.device), midpoints, out_int32=True)
-    for elements, ranks in _rank(x, midpoints, blocksize, absmax):
-        if ranks.numel() % 2:
-            ranks = torch.cat((ranks, zero))
-        packed[elements.start // 2 : (elements.stop + 1) // 2] = bytes_of_pairs.index_select(0, ranks[::2] * 16 + ranks[1::2])
+    midpoints, code_of_rank = rank_entries(codebook)
+    # The byte of each pair of ranks, so that one look-up serves two elements.
+    byte_of_pair = (code_of_rank[:, None] << 4 | code_of_rank).view(-1)
+    for elements, scaled in _scale_blocks(x, blocksize, absmax):
+        if scaled.numel() % 2:
+            scaled = torch.nn.functional.pad(scaled, (0, 1))
+        ranks = _count(scaled, midpoints).view(-1, 2)
+        pairs = ranks[:, 0] * 16 + ranks[:, 1]
+        packed[elements.start // 2 : (elements.stop + 1) // 2] = byte_of_pair.index_select(0, pairs.int())
 
 
 def rank_entries(codebook: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Sort a codebook's entries by value, then by code.
+    """Rank a codebook's entries by value, then by code.
 
     Returns:
         The midpoints between neighbours, float32 [entries - 1], and the code of each rank, uint8 [entries].
@@ -43,17 +46,39 @@ def rank_entries(codebook: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return (values[:-1] + values[1:]) * 0.5, codes.to(torch.uint8)
 
 
-def _rank(x: torch.Tensor, midpoints: torch.Tensor, blocksize: int, absmax: torch.Tensor) -> Iterator[Tuple[slice, torch.Tensor]]:
-    """Fill `absmax`, and yield pieces of x with the rank of the entry nearest to each element, int32."""
+def _scale_blocks(x: torch.Tensor, blocksize: int, absmax: torch.Tensor) -> Iterator[Tuple[slice, torch.Tensor]]:
+    """Fill `absmax`, then yield x piece by piece, scaled to [-1, 1], in float32; 0 where that is NaN."""
     x = x.view(-1)
     absmax.zero_()
-    limit = piece_size(x.device)
-    for elements, blocks in pieces(x.numel(), blocksize, limit):
-        piece = x[elements].view(absmax[blocks].numel(), -1)
-        absmax[blocks] = torch.maximum(absmax[blocks], piece.abs().amax(1).float())
-    # Tensor over tensor is one IEEE division.
+    for elements, blocks in pieces(x.numel(), blocksize, piece_size(x.device)):
+        maxima = absmax[blocks]
+        torch.maximum(maxima, x[elements].float().view(len(maxima), -1).abs().amax(1), out=maxima)
+    # Tensor over tensor is one IEEE division; number over tensor is a reciprocal and a product, which round twice.
     scale = torch.ones_like(absmax).div_(absmax.clamp(min=ABSMAX_FLOOR))
-    for elements, blocks in pieces(x.numel(), blocksize, limit):
-        piece = x[elements].float().view(absmax[blocks].numel(), -1)
-        scaled = torch.nan_to_num_(piece * scale[blocks, None], nan=0.0)
-        yield elements, torch.bucketize(scaled.view(-1), midpoints, out_int32=True)
+    for elements, blocks in pieces(x.numel(), blocksize, piece_size(x.device)):
+        scales = scale[blocks, None]
+        scaled = x[elements].float().view(len(scales), -1) * scales
+        yield elements, torch.nan_to_num_(scaled, nan=0.0).view(-1)
+
+
+def _count(scaled: torch.Tensor, midpoints: torch.Tensor) -> torch.Tensor:
+    """Return each element's rank, the number of midpoints below it, as float32."""
+    ranks, below = torch.zeros_like(scaled), torch.empty_like(scaled)
+    for midpoint in midpoints:
+        ranks += torch.gt(scaled, midpoint, out=below)
+    return ranks
+
+
+def _search(scaled: torch.Tensor, midpoints: torch.Tensor) -> torch.Tensor:
+    """Return the same by bisection, for more midpoints than one would count; 2^n - 1 of them.
+
+    Every element takes the same n steps, which is several times as fast as torch.bucketize on a CPU: nothing to predict.
+    """
+    ranks, below = torch.zeros_like(scaled), torch.empty_like(scaled)
+    step = (len(midpoints) + 1) // 2
+    while step:
+        # `ranks` midpoints are below. If the one `step` further is below too, so are all between.
+        further = midpoints.index_select(0, (ranks + (step - 1)).int())
+        ranks.add_(torch.gt(scaled, further, out=below), alpha=step)
+        step //= 2
+    return ranks
