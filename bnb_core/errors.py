@@ -58,3 +58,7 @@ class NotQuantizedError(BnbError, RuntimeError):
 
 class CheckpointError(BnbError, ValueError):
     """A saved quantized state is incomplete, inconsistent or not of this format."""
+
+
+class CaptureError(BnbError, RuntimeError):
+    """A call cannot be captured in a CUDA graph, because a replay would not do the same."""

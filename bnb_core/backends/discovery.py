@@ -108,7 +108,7 @@ class Entry:
                 try:
                     self.settle(*self._load())
                 except BackendIncompatibleError as error:
-                    self.settle(State.INCOMPATIBLE, incompatibility(error.api_version, self.package), error)
+                    self.settle(State.INCOMPATIBLE, incompatibility(error.api_version, self.package))
                 except Exception as error:
                     self.settle(State.BROKEN, describe(error), error)
                 except BaseException:

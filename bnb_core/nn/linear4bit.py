@@ -61,8 +61,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         get_4bit_type(quant_type, "cpu")  # one that does not exist is refused now, not when the model moves
         if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
             raise InvalidArgumentError(
-                f"{type(self).__name__}: compute_dtype is {compute_dtype}; it must be torch.float32, torch.float16, torch.bfloat16, "
-                "or None for the dtype of each input"
+                f"{type(self).__name__}: compute_dtype is {compute_dtype}; it must be torch.float32, torch.float16 or "
+                "torch.bfloat16, or None for the dtype of each input"
             )
         super().__init__(input_features, output_features, bias, device)
         self.quant_state: Optional[QuantState] = None
@@ -87,7 +87,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
             NotQuantizedError: the weight has not been quantized.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        state = self._statistics()
+        weight, bias = self.weight, self.bias
+        state = self._statistics(weight)
         if state is None:
             raise NotQuantizedError(
                 f"{type(self).__name__}: the weight is not quantized; move the module to a device first, "
@@ -95,21 +96,19 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
             )
         if not x.is_floating_point():
             raise InvalidArgumentError(f"{type(self).__name__}: the input is {x.dtype}; cast it to a floating-point dtype")
-        dtype = self._dtype_to_compute_in(x.dtype)
+        # Each call of a tensor's method takes a microsecond, so that none is made in vain.
+        given = x.dtype
+        dtype = self._dtype_to_compute_in(given)
+        if dtype != given:
+            x = x.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        packed = plain_data(weight)
+        if packed.dtype != torch.uint8:
+            packed = as_bytes(packed)
         N, K = state.shape
-        bias = self.bias
-        y = gemm_4bit(
-            x.to(dtype),
-            as_bytes(plain_data(self.weight)),
-            state.absmax,
-            state.code,
-            state.blocksize,
-            N,
-            K,
-            None if bias is None else bias.to(dtype),
-            state.nested_statistics,
-        )
-        return y.to(x.dtype)
+        y = gemm_4bit(x, packed, state.absmax, state.code, state.blocksize, N, K, bias, state.nested_statistics)
+        return y if dtype == given else y.to(given)
 
     def set_compute_type(self, x: torch.Tensor) -> None:
         """Compute like inputs from now on in the dtype that `x` is computed in."""
@@ -123,8 +122,7 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
 
     # ---------------------------------------------------------------------------------------------------------------- statistics
 
-    def _statistics(self) -> Optional[QuantState]:
-        weight = self.weight
+    def _statistics(self, weight: Any) -> Optional[QuantState]:
         if not getattr(weight, "bnb_quantized", True):
             return None
         state = getattr(weight, "quant_state", None)
@@ -146,7 +144,7 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
 
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = self._statistics()
+        state = self._statistics(self.weight)
         if state is not None:
             for name, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
@@ -170,7 +168,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         new = Params4bit.from_prequantized(source, saved, device=device)
         assert new.quant_state is not None
         if tuple(new.quant_state.shape) != shape:
-            errors.append(f"size mismatch for the weight: the checkpoint's is {list(new.quant_state.shape)}, the module's {list(shape)}.")
+            found = list(new.quant_state.shape)
+            errors.append(f"size mismatch: the checkpoint's weight is of shape {found}, the module's of shape {list(shape)}.")
             return handled
         new.module = self
         self._replace_weight(new, assign)
@@ -178,7 +177,7 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
 
     def _load_values(self, source: torch.Tensor, assign: bool) -> Set[str]:
         """Load floating-point values."""
-        weight, quantized = self.weight, self._statistics() is not None
+        weight, quantized = self.weight, self._statistics(self.weight) is not None
         if not isinstance(weight, Params4bit) or not (assign or quantized):
             return set()
         new = weight._like(source if assign else source.clone(), module=self, quant_state=None, bnb_quantized=False)

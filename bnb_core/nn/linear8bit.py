@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Set
 import torch
 
 from bnb_core.errors import CheckpointError, InvalidArgumentError, NotQuantizedError
-from bnb_core.nn.parameters import Int8Params
+from bnb_core.nn.parameters import Int8Params, plain_data
 from bnb_core.nn.quantized_module import QuantizedModule
 from bnb_core.ops import int8_linear
 from bnb_core.quantization.products import MatmulLtState, matmul
@@ -79,12 +79,14 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
         weight, bias, threshold = self.weight, self.bias, self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
-        absmax = self._statistics()
+        absmax = self._statistics(weight)
         if absmax is None:
             raise NotQuantizedError(
                 "Linear8bitLt: the weight is int8 codes without their scales; load a checkpoint that has SCB, or set weight.SCB"
             )
-        return int8_linear(x, weight.data, absmax, None if bias is None else bias.to(x.dtype), threshold)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return int8_linear(x, plain_data(weight), absmax, bias, threshold)
 
     def train(self, mode: bool = True) -> "Linear8bitLt":
         """Set training mode, as in any module; `state.is_training` says the same."""
@@ -99,8 +101,7 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
 
     # ---------------------------------------------------------------------------------------------------------------- statistics
 
-    def _statistics(self) -> Optional[torch.Tensor]:
-        weight = self.weight
+    def _statistics(self, weight: Any) -> Optional[torch.Tensor]:
         if weight.dtype != torch.int8:
             return None
         absmax = getattr(weight, "SCB", None)
@@ -125,7 +126,7 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
 
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        absmax = self._statistics()
+        absmax = self._statistics(self.weight)
         if absmax is not None:
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
@@ -139,7 +140,7 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
         if tuple(source.shape) != (self.out_features, self.in_features):
             return done
         if source.dtype != torch.int8:
-            quantized = self._statistics() is not None
+            quantized = self._statistics(self.weight) is not None
             if not isinstance(weight, Int8Params) or not (assign or quantized):
                 return done
             new = weight._like(source if assign else source.clone(), CB=None, SCB=None)

@@ -12,7 +12,7 @@ import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.ops import int8_quantize_rows
-from bnb_core.ops.plain import add_plain_type
+from bnb_core.ops.plain import REGISTERED, add_plain_type
 from bnb_core.quantization.four_bit import quantize_4bit
 from bnb_core.quantization.state import QuantState
 
@@ -23,8 +23,10 @@ _Self = TypeVar("_Self", bound="QuantizedParameter")
 
 # Reading an attribute of a tensor whose class has a `__torch_function__` takes a microsecond, but not within this.
 _TorchFunctionOff: Any = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
-_get_data: Any = torch.Tensor.data.__get__
-_set_data: Any = torch.Tensor.data.__set__
+_get_data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_set_data: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+#: The compiler takes `_get_data` for the property of the classes here, and would follow it forever.
+_is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
 
 #: Casts of floating-point values, which packed codes that are stored as such are not.
 _CASTS = frozenset((torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float, torch.Tensor.double))
@@ -34,7 +36,7 @@ _PARTITIONS = frozenset((torch.chunk, torch.split, torch.Tensor.chunk, torch.Ten
 def plain_data(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter's data as an ordinary tensor that shares its memory."""
     with _TorchFunctionOff():
-        return _get_data(tensor)
+        return tensor.detach() if _is_compiling() else _get_data(tensor)
 
 
 def map_quant_state(state: QuantState, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantState:
@@ -75,7 +77,7 @@ class QuantizedParameter(torch.nn.Parameter):
 
     # Modules in general move a parameter by `parameter.data = parameter.to(device)`: what describes the new data comes with them.
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """The data as an ordinary tensor that shares its memory."""
         return plain_data(self)
 
@@ -113,7 +115,7 @@ class QuantizedParameter(torch.nn.Parameter):
         """Move to a CUDA device, the current one by default, as `to` does."""
         return self.to(_device("cuda", device), non_blocking=non_blocking)
 
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Any:
+    def xpu(self, device: Any = None, non_blocking: bool = False) -> Any:  # type: ignore[override]
         """Move to an XPU device, the current one by default, as `to` does."""
         return self.to(_device("xpu", device), non_blocking=non_blocking)
 
@@ -200,6 +202,7 @@ class Params4bit(QuantizedParameter):
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> "Params4bit":
+        """Make the parameter."""
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         self.__dict__.update(
             kwargs,
@@ -246,15 +249,15 @@ class Params4bit(QuantizedParameter):
                 f"the packed weight has {stored} bytes, but its statistics are of shape {list(state.shape or ())}, "
                 f"which takes {(elements + 1) // 2}; both must come from one checkpoint"
             )
-        described = dict(
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=data.dtype,
-            bnb_quantized=True,
-            module=module,
-        )
+        described = {
+            "quant_state": state,
+            "blocksize": state.blocksize,
+            "compress_statistics": state.nested,
+            "quant_type": state.quant_type,
+            "quant_storage": data.dtype,
+            "bnb_quantized": True,
+            "module": module,
+        }
         if module is not None:
             module.quant_state = state
         return cls(data.to(device), requires_grad=requires_grad, **{**kwargs, **described})
@@ -334,6 +337,7 @@ class Int8Params(QuantizedParameter):
         SCB: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> "Int8Params":
+        """Make the parameter."""
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         # Old codes must not outlive their parameter when another is built from its attributes.
         codes = None if CB is None or not self._is_quantized() else self.data

@@ -21,7 +21,9 @@ class QuantizedModule(torch.nn.Module):
     left an ordinary parameter in place of ours.
     """
 
-    def _statistics(self) -> Any:
+    weight: Any
+
+    def _statistics(self, weight: Any) -> Any:
         """Return what belongs to the weight's codes; None if the weight is not quantized."""
         raise NotImplementedError
 
@@ -71,7 +73,7 @@ class QuantizedModule(torch.nn.Module):
             self.weight = new
 
     def _apply(self, fn: _Move, *args: Any, **kwargs: Any) -> Any:
-        old, statistics = self._parameters.get("weight"), self._statistics()
+        old, statistics = self._parameters.get("weight"), self._statistics(self.weight)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
             if tensor is not old:
@@ -81,13 +83,13 @@ class QuantizedModule(torch.nn.Module):
 
         super()._apply(convert, *args, **kwargs)
         new = self._parameters.get("weight")
-        if new is None or old is None:
+        if old is None or new is None:
             return self
         if isinstance(old, QuantizedParameter) and not isinstance(new, QuantizedParameter):
-            self._parameters["weight"] = old._like(new.data)
-            self._parameters["weight"].grad = new.grad
+            renewed = self._parameters["weight"] = old._like(new.data)
+            renewed.grad, new = new.grad, renewed
         if statistics is None:
-            self._adopt(self._parameters["weight"])
+            self._adopt(new)
         else:
             with torch.no_grad():
                 self._keep_statistics(self._map_statistics(statistics, lambda tensor: move_bytes(fn, tensor)))
@@ -107,7 +109,7 @@ class QuantizedModule(torch.nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         missing: List[str] = []
         done: Set[str] = set()
-        on_meta = self.weight.is_meta
+        was_meta = self.weight.is_meta
         if isinstance(entries.get("weight"), torch.Tensor):
             try:
                 with torch.no_grad():
@@ -115,14 +117,19 @@ class QuantizedModule(torch.nn.Module):
             except CheckpointError as error:
                 raise CheckpointError(f"{prefix}weight: {error}") from error
         rest = {prefix + name: value for name, value in entries.items() if name not in done}
-        if on_meta and not self.weight.is_meta and not assign:
-            # The weight has come to the checkpoint's device, and the bias follows.
-            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
-            rest = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in rest.items()}
+        if was_meta and not self.weight.is_meta:
+            self._bring_along(rest, prefix)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if "weight" in done:
             missing_keys.remove(f"{prefix}weight")
         missing_keys.extend(prefix + name for name in missing)
+
+    def _bring_along(self, rest: Dict[str, Any], prefix: str) -> None:
+        """Make room for the other parameters, where the weight has come from the meta device to a checkpoint's."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.is_meta and isinstance(rest.get(prefix + name), torch.Tensor):
+                room = torch.empty_like(parameter, device=rest[prefix + name].device)
+                self._parameters[name] = torch.nn.Parameter(room, requires_grad=parameter.requires_grad)
 
 
 def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class OptimizerStep(StructuredOp):
                 copies.append((param, layout))
             for name in ("grads", *_STATES):
                 tensors = aligned[names[name]]
-                if tensors and not _same_storage_order(tensors[i], layout):
+                if tensors and not same_storage_order(tensors[i], layout.stride()):
                     original = tensors[i]
                     tensors[i] = torch.empty_like(layout, dtype=original.dtype).copy_(original)
                     if name != "grads":
@@ -127,7 +127,7 @@ class StepBatch:
         if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
             return None
         for i, param in enumerate(self._params):
-            if not (param.numel() and is_dense(param) and all(_same_storage_order(tensors[i], param) for tensors in states)):
+            if not (param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)):
                 return None
         layouts = [(param.stride(), param.numel()) for param in self._params]
         return _Known(self._params[0].dtype, self._params[0].device, layouts)
@@ -154,9 +154,19 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _same_storage_order(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Say whether tensors of one shape have their elements in the same order in storage, given that `b` is dense."""
-    return a.stride() == b.stride() or all(x == y for x, y, size in zip(a.stride(), b.stride(), b.shape) if size != 1)
+def storage_strides(tensor: torch.Tensor) -> Tuple[int, ...]:
+    """Return the strides of the dense tensor that kernels see: the tensor's own, or those of a contiguous copy."""
+    if is_dense(tensor):
+        return tensor.stride()
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
+
+
+def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Say whether a tensor has its elements in the same order in storage as a dense one of its shape with these strides."""
+    return tensor.stride() == strides or all(x == y for x, y, size in zip(tensor.stride(), strides, tensor.shape) if size != 1)
 
 
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
@@ -164,7 +174,7 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+        if param.numel() and 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"

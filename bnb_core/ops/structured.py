@@ -253,7 +253,7 @@ def _save(ctx: Any, op: StructuredOp, args: Tuple[Any, ...]) -> None:
 def _gradients(
     ctx: Any, op: StructuredOp, grad: torch.Tensor, needs_x: bool, needs_bias: bool
 ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    grad_bias = grad.sum_to_size(grad.shape[-1]) if needs_bias else None
     if not needs_x:
         return None, grad_bias
     saved = iter(ctx.saved_tensors)
@@ -312,3 +312,11 @@ class _TransformedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return (None, *_flat_gradients(ctx, ctx.bnb_op, grads[0], ctx.needs_input_grad[1:]))
+
+
+def structured_op(name: str) -> StructuredOp:
+    """Return the op of that name in `OPS`; it takes the op's arguments by position, complete."""
+    from bnb_core import ops
+
+    getattr(ops, name)  # loads the family that defines it
+    return _ops[name]

@@ -28,7 +28,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
         add_zero: have 0 among the values, which takes an odd number of them. Always so below 8 bits, where zeros fill the table.
 
     Returns:
-        float32 [256], ascending, with zeros in the middle where there are fewer values.
+        float32 [256], ascending; zeros are put in the middle where there are fewer values.
 
     Raises:
         InvalidArgumentError: total_bits is not accepted.

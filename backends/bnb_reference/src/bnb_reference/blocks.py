@@ -6,16 +6,10 @@ from typing import Iterator, Tuple
 
 import torch
 
-
-def piece_size(device: torch.device) -> int:
-    """Return how many elements to work on at a time.
-
-    In float32 they take 2 MB on a CPU, to stay in its caches between operations, and 16 MB elsewhere, to fill a GPU.
-    """
-    return 1 << (19 if device.type == "cpu" else 22)
+from bnb_reference.devices import piece_size
 
 
-def pieces(n: int, blocksize: int, device: torch.device) -> Iterator[Tuple[slice, slice]]:
+def pieces(n: int, blocksize: int, limit: int) -> Iterator[Tuple[slice, slice]]:
     """Yield the elements and the blocks of each piece of `n` elements: whole blocks of one size, or a part of one block.
 
     So a piece's elements make a matrix with a row for each of its blocks. With an even blocksize all pieces start at an even
@@ -24,9 +18,8 @@ def pieces(n: int, blocksize: int, device: torch.device) -> Iterator[Tuple[slice
     Args:
         n: number of elements.
         blocksize: elements in a block; the last block may be shorter.
-        device: where the elements are.
+        limit: most elements in a piece; even.
     """
-    limit = piece_size(device)
     whole = n - n % blocksize if blocksize <= limit else 0
     step = max(limit - limit % blocksize, blocksize)
     for start in range(0, whole, step):

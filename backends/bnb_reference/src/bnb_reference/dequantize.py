@@ -9,6 +9,7 @@ import torch
 from bnb_core.ops.spec import Nested
 from bnb_reference import kernel
 from bnb_reference.blocks import pieces
+from bnb_reference.devices import piece_size
 
 
 @kernel("dequantize_blockwise")
@@ -17,7 +18,7 @@ def dequantize_blockwise(
 ) -> None:
     """Fill `out` with codebook[code] * absmax."""
     codes, absmax, codebook, out = codes.view(-1), absmax.view(-1), codebook.view(-1), out.view(-1)
-    for elements, blocks in pieces(codes.numel(), blocksize, codes.device):
+    for elements, blocks in pieces(codes.numel(), blocksize, piece_size(codes.device)):
         scales = absmax[blocks, None]
         values = codebook.index_select(0, codes[elements].long())
         values.view(len(scales), -1).mul_(scales)
@@ -37,7 +38,7 @@ def dequantize_4bit(
     """Fill `out` with codebook[code] * absmax."""
     out = out.view(-1)
     values = Values4bit(packed, absmax, codebook, blocksize, nested)
-    for elements, _ in pieces(out.numel(), blocksize, packed.device):
+    for elements, _ in pieces(out.numel(), blocksize, piece_size(packed.device)):
         out[elements] = values[elements]
 
 

@@ -7,13 +7,13 @@ from typing import Optional, Tuple
 import torch
 
 from bnb_core.ops.spec import INT8_ABSMAX_FLOOR, INT8_MAX
-from bnb_reference import kernel
+from bnb_reference import devices, kernel
 from bnb_reference.blocks import row_pieces
 from bnb_reference.matmul import matmul
 
-#: How many columns are multiplied in float32 at a time. A product of two int8 codes is at most 2^14, so any sum of 1024 of them is an
-#: integer of at most 2^24, which float32 holds exactly, whatever the order. Matrix units that round their float32 operands to TF32
-#: or bfloat16 hold the codes, of 8 bits, exactly as well. float64 would need no such care, but not every device has it.
+#: How many columns are multiplied in float32 at a time. A product of two int8 codes is at most 2^14, so any sum of 1024 of them is
+#: an integer of at most 2^24, which float32 holds exactly, whatever the order. Matrix units that round their float32 operands to
+#: TF32 or bfloat16 hold the codes, of 8 bits, exactly as well. float64 would need no such care, but not every device has it.
 EXACT_COLUMNS = 1024
 
 
@@ -150,7 +150,7 @@ def _scale(product: torch.Tensor, row_absmax: torch.Tensor, col_absmax: torch.Te
 
 def _outlier_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, outlier_mask: torch.Tensor) -> torch.Tensor:
     """Multiply the outlier columns of x by those of the dequantized weight, in float32."""
-    if x.device.type == "cpu":
+    if devices.reads_are_free(x.device):
         columns = outlier_mask.nonzero().view(-1)
         return matmul(x.index_select(1, columns).float(), (codes.index_select(1, columns) * scales).t())
     # How many there are is known only on the device, and asking would wait for it: multiply all columns, the others as zeros.

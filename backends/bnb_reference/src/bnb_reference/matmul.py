@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from bnb_core.ops.spec import Nested
-from bnb_reference import kernel
+from bnb_reference import devices, kernel
 from bnb_reference.blocks import row_pieces
 from bnb_reference.dequantize import Values4bit, block_scales
 
@@ -122,18 +122,16 @@ def _for_each_expert(
     multiply: Callable[[torch.Tensor, int, torch.Tensor], Any], tokens: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Call `multiply` with an expert's tokens, its number, and where the product goes, for each expert."""
-    experts = len(offsets) - 1
-    if tokens.device.type == "cpu":
+    if devices.reads_are_free(tokens.device):
         bounds = offsets.tolist()
-        for expert in range(experts):
-            mine = slice(bounds[expert], bounds[expert + 1])
-            if mine.start < mine.stop:
-                multiply(tokens[mine], expert, out[mine])
+        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+            if start < stop:
+                multiply(tokens[start:stop], expert, out[start:stop])
         return
     # Whose a token is is known only on the device, and asking would wait for it: multiply all tokens, and keep the expert's.
     number = torch.arange(len(tokens), device=tokens.device)[:, None]
     product = torch.empty_like(out)
-    for expert in range(experts):
+    for expert in range(len(offsets) - 1):
         multiply(tokens, expert, product)
         mine = (number >= offsets[expert]) & (number < offsets[expert + 1])
         out.copy_(torch.where(mine, product, out))

@@ -9,6 +9,7 @@ import torch
 from bnb_core.ops.spec import ABSMAX_FLOOR
 from bnb_reference import kernel
 from bnb_reference.blocks import pieces
+from bnb_reference.devices import piece_size
 
 
 @kernel("quantize_blockwise")
@@ -49,12 +50,12 @@ def _scale_blocks(x: torch.Tensor, blocksize: int, absmax: torch.Tensor) -> Iter
     """Fill `absmax`, then yield x piece by piece, scaled to [-1, 1], in float32; 0 where that is NaN."""
     x = x.view(-1)
     absmax.zero_()
-    for elements, blocks in pieces(x.numel(), blocksize, x.device):
+    for elements, blocks in pieces(x.numel(), blocksize, piece_size(x.device)):
         maxima = absmax[blocks]
         torch.maximum(maxima, x[elements].float().view(len(maxima), -1).abs().amax(1), out=maxima)
     # Tensor over tensor is one IEEE division; number over tensor is a reciprocal and a product, which round twice.
     scale = torch.ones_like(absmax).div_(absmax.clamp(min=ABSMAX_FLOOR))
-    for elements, blocks in pieces(x.numel(), blocksize, x.device):
+    for elements, blocks in pieces(x.numel(), blocksize, piece_size(x.device)):
         scales = scale[blocks, None]
         scaled = x[elements].float().view(len(scales), -1) * scales
         yield elements, torch.nan_to_num_(scaled, nan=0.0).view(-1)
