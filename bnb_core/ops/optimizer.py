@@ -77,7 +77,8 @@ class StepBatch:
     """Parameters and states that an optimizer updates together again and again: checked in full once, and then at a glance.
 
     Full checks take longer than the step of many small tensors. So a batch that has passed them compares only what can change
-    behind its back, the gradients and the parameters' data. Whatever is not as it was goes through the full checks again.
+    behind its back: gradients, the parameters' data, the device of states. Whatever is not as it was goes through the full checks
+    again.
 
     Args:
         op: `STEP_32BIT` or `STEP_8BIT`.
@@ -105,7 +106,8 @@ class StepBatch:
     def _fits(self, grads: List[torch.Tensor], known: "_Known") -> bool:
         dtype, device, layouts = known
         strided = torch.strided
-        for grad, param, (strides, numel) in zip(grads, self._params, layouts):
+        states = self._states[0] or self._params
+        for grad, param, state, (strides, numel) in zip(grads, self._params, states, layouts):
             if (
                 type(grad) is not torch.Tensor
                 or grad.layout is not strided
@@ -117,6 +119,7 @@ class StepBatch:
                 or param.numel() != numel
                 or param.stride() != strides
                 or param.device != device
+                or state.device != device
             ):
                 return False
         return True
