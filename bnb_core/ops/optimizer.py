@@ -185,10 +185,6 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"
             )
-        if grad.layout is not torch.strided:
-            raise InvalidArgumentError(
-                f"{op}: a gradient is {grad.layout}; only dense gradients are accepted, as `sparse=False` gives in embeddings"
-            )
         if param.dtype != params[0].dtype or grad.dtype != params[0].dtype:
             raise InvalidArgumentError(
                 f"{op}: dtypes {params[0].dtype}, {param.dtype} (parameter) and {grad.dtype} (gradient) in one call; "
