@@ -355,6 +355,7 @@ class Int8Params(QuantizedParameter):
         return not self.has_fp16_weights
 
     def _quantize(self, device: torch.device, dtype: Optional[torch.dtype]) -> None:
+        # The dtype is noted nowhere: products take the input's, and dequantized weights are float32.
         codes, absmax, _ = int8_quantize_rows(self.data.to(device))
         self.requires_grad_(False)
         self.data = self.CB = codes

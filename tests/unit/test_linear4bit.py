@@ -2,6 +2,8 @@
 
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -72,6 +74,28 @@ def test_shapes_and_blocksizes(shape, nested, blocksize):
     x = torch.randn(3, features)
     weight = functional.dequantize_4bit(packed, state)
     assert_product(module(x), oracle.product(as_numpy(x), as_numpy(weight), as_numpy(module.bias)), "y")
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_whatever_the_shapes(data):
+    features, outputs = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    leading = data.draw(st.lists(st.integers(0, 3), max_size=3))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    quant_type, nested, bias = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans()), data.draw(st.booleans())
+    module = Linear4bit(features, outputs, bias, quant_type=quant_type, compress_statistics=nested)
+    module.weight.blocksize = data.draw(st.sampled_from([32, 64, 1024]))
+    module.weight.data *= data.draw(st.sampled_from([1e-4, 1.0, 1e4]))
+    module.to("cpu")
+    x = torch.randn(*leading, features).to(dtype)
+    y = module(x)
+    weight = functional.dequantize_4bit(module.weight.data, module.quant_state)
+    assert (y.dtype, y.shape) == (dtype, (*leading, outputs))
+    rows = as_numpy(x).reshape(-1, features)
+    assert_product(y, oracle.product(rows, as_numpy(weight), as_numpy(module.bias.to(dtype)) if bias else None), "y")
+    twin = Linear4bit(features, outputs, bias)
+    assert not any(twin.load_state_dict(module.state_dict()))
+    assert torch.equal(twin(x), y)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)

@@ -623,12 +623,15 @@ def test_function_transforms(make):
 @every
 @pytest.mark.skipif(not REGISTERED, reason="tracing needs registered ops")
 def test_tracing(make):
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = make().to("cpu")
     x, other = torch.randn(3, IN), torch.randn(3, IN)
     assert torch.equal(make_fx(module)(x)(other), module(other))
     assert torch.equal(torch.export.export(module, (x,), strict=False).module()(other), module(other))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert module(torch.randn(7, IN)).shape == (7, OUT)
 
 
 @every
