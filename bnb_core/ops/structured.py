@@ -144,11 +144,12 @@ class StructuredOp:
         """Run the op on real tensors, below autograd: the implementation of torch.ops.bnb."""
         return self.run_direct(*self._look_up(args))
 
-    def check(self, args: Tuple[Any, ...]) -> Sequence[Output]:
+    def check(self, args: Tuple[Any, ...], tracing: bool = False) -> Sequence[Output]:
         """Check arguments that are of the right Python types, and return the shape and dtype of each output."""
         tensors = tensors_of(self.spec, args)
-        for name, tensor in tensors:
-            checks.require_dense(self.spec.name, name, tensor)
+        if not tracing:  # the compiler takes dense tensors only, and does not say what layout one has in a backward
+            for name, tensor in tensors:
+                checks.require_dense(self.spec.name, name, tensor)
         checks.require_one_device(self.spec.name, tensors)
         return self.meta(*args)
 
@@ -242,7 +243,7 @@ class StructuredOp:
         """Run the op through torch, on arguments of the right Python types."""
         tracing = torch.compiler.is_compiling()
         if tracing or out is not None:
-            outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
+            outputs = self.check(args, tracing)  # where torch traces, an error of its own Meta kernel would have lost its type
         if out is not None:
             if torch.is_grad_enabled() and needs_gradient(self, args):
                 self._refuse_out()
