@@ -87,7 +87,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
             NotQuantizedError: the weight has not been quantized.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias: Optional[torch.Tensor] = self.bias
         state = self._statistics(weight)
         if state is None:
             raise NotQuantizedError(
@@ -161,9 +162,6 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         missing.extend(self._missing(saved))
         if missing:
             return handled
-        if not assign:
-            source = source.clone()
-            saved = {name: value.clone() for name, value in saved.items()}
         device = source.device if assign or self.weight.is_meta else self.weight.device
         new = Params4bit.from_prequantized(source, saved, device=device)
         assert new.quant_state is not None
@@ -171,6 +169,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
             found = list(new.quant_state.shape)
             errors.append(f"size mismatch: the checkpoint's weight is of shape {found}, the module's of shape {list(shape)}.")
             return handled
+        if not assign and source.device == device:
+            new = new._moved(torch.clone)
         new.module = self
         self._replace_weight(new, assign)
         return handled
@@ -193,7 +193,7 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
         missing = [f"weight.{name}" for name in names if f"weight.{name}" not in saved]
         if not any(name.startswith(_PACKED) for name in saved):
             described = self.quant_state if self.quant_state is not None else self.weight
-            missing.append(_PACKED + described.quant_type)
+            missing.append(f"{_PACKED}{described.quant_type}")
         return missing
 
 

@@ -76,7 +76,8 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
             NotQuantizedError: the weight is codes without scales.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, bias, threshold = self.weight, self.bias, self.state.threshold
+        weight, threshold = self.weight, self.state.threshold
+        bias: Optional[torch.Tensor] = self.bias
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
         absmax = self._statistics(weight)

@@ -6,6 +6,7 @@ Their attributes are the contract with other libraries, which rebuild a paramete
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple, TypeVar, Union
 
 import torch
@@ -244,14 +245,12 @@ class Params4bit(QuantizedParameter):
             CheckpointError: the statistics are not complete, or do not fit each other or the data.
         """
         state = QuantState.from_dict(quantized_stats, device=device)
-        elements = 1
-        for size in state.shape or ():
-            elements *= size
-        stored = data.numel() * data.element_size()
-        if stored != (elements + 1) // 2:
+        shape = list(state.shape or ())
+        stored, needed = data.numel() * data.element_size(), (math.prod(shape) + 1) // 2
+        if stored != needed:
             raise CheckpointError(
-                f"the packed weight has {stored} bytes, but its statistics are of shape {list(state.shape or ())}, "
-                f"which takes {(elements + 1) // 2}; both must come from one checkpoint"
+                f"the packed weight has {stored} bytes, but its statistics are of shape {shape}, which takes {needed}; "
+                "both must come from one checkpoint"
             )
         described = {
             "quant_state": state,
@@ -355,6 +354,7 @@ class Int8Params(QuantizedParameter):
         return not self.has_fp16_weights
 
     def _quantize(self, device: torch.device, dtype: Optional[torch.dtype]) -> None:
+        # The dtype is noted nowhere: products take the input's, and dequantized weights are float32.
         codes, absmax, _ = int8_quantize_rows(self.data.to(device))
         self.requires_grad_(False)
         self.data = self.CB = codes

@@ -120,7 +120,7 @@ class QuantizedModule(torch.nn.Module):
         if was_meta and not self.weight.is_meta:
             self._bring_along(rest, prefix)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if "weight" in done:
+        if "weight" in done and strict:
             missing_keys.remove(f"{prefix}weight")
         missing_keys.extend(prefix + name for name in missing)
 
