@@ -52,5 +52,13 @@ class OpNotSupportedError(BackendError, NotImplementedError):
     """No selected backend runs this op on this device and dtype."""
 
 
+class NotQuantizedError(BnbError, RuntimeError):
+    """A module is called whose weight has not been quantized yet."""
+
+
 class CheckpointError(BnbError, ValueError):
     """A saved quantized state is incomplete, inconsistent or not of this format."""
+
+
+class CaptureError(BnbError, RuntimeError):
+    """A call cannot be captured in a CUDA graph, because a replay would not do the same."""

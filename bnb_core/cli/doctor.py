@@ -52,17 +52,15 @@ def _print(report: Report, verbose: Optional[str]) -> None:
     console.print("   ".join(f"{name} {version}" for name, version in report.versions.items()))
     selected = ", ".join(report.selected) or "none"
     console.print(f"selection   {selected}   ({report.selected_by or 'unknown'})   fallback: {report.fallback or 'unknown'}")
-    for part in (_backends(report), _ops(report), _checks(report)):
-        if part.row_count:
+    for table in (_backends(report), _ops(report), _checks(report)):
+        if table.row_count:
             console.print()
-            console.print(part)
-    if any(runner.conditional for runners in report.ops.values() for runner in runners.values()):
-        console.print("* depends on the call: shapes or settings that it refuses run on the next backend")
+            console.print(table)
     _print_tracebacks(console, report, verbose)
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
     for header in headers:
         table.add_column(header, overflow="fold")
     return table
@@ -88,6 +86,8 @@ def _ops(report: Report) -> Table:
     table = _table(f"op on {report.device}", *dtypes)
     for op, runners in report.ops.items():
         table.add_row(op, *(Text(_cell(runners.get(dtype))) for dtype in dtypes))
+    if any(runner.conditional for runners in report.ops.values() for runner in runners.values()):
+        table.caption = Text("* calls that it refuses run on the next backend")
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bnb_core import ops
 from bnb_core.backends import selection
@@ -242,14 +243,15 @@ class _TrainedWeight(torch.autograd.Function):
         return ops.int8_linear(A, codes, absmax, bias, threshold)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         (grad,) = grads
         A, codes, absmax = ctx.saved_tensors
-        rows, x = as_rows("matmul", "grad", grad), as_rows("matmul", "A", A)
         with contextlib.nullcontext() if ctx.pinned is None else selection.pinned(ctx.pinned):
             grad_A = ops.int8_linear_transposed(grad, codes, absmax) if ctx.needs_input_grad[0] else None
+            rows, x = as_rows("matmul", "grad", grad), as_rows("matmul", "A", A)
             grad_B = _weight_gradient(rows, x, ctx.threshold).to(ctx.weight_dtype)
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[2] else None
         return grad_A, grad_B, grad_bias, None, None, None
 
 
@@ -257,7 +259,8 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> t
     """Return grad^T x."""
     if threshold > 0.0:
         # Outlier columns need a product in full precision, and which they are is known only on the device: all of them take it.
-        return grad.t() @ x
+        # CPUs multiply float16 slowly, or not at all in older torch.
+        return grad.t().float() @ x.float() if x.device.type == "cpu" else grad.t() @ x
     _, _, grad_codes, grad_absmax, _ = ops.int8_quantize_rows_cols(grad)
     _, _, x_codes, x_absmax, _ = ops.int8_quantize_rows_cols(x)
     product = ops.int8_matmul(grad_codes.t(), x_codes.t())

@@ -1,0 +1,198 @@
+"""Gather what a step updates into as few calls as can be, and keep that while nothing but gradients and options changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from bnb_core.ops.optimizer import Number, StepBatch
+from bnb_core.ops.plain import ordinary_execution
+from bnb_core.ops.spec import Hyperparameters
+from bnb_core.optim.manager import GlobalOptimManager
+from bnb_core.optim.state_formats import FORMATS, Float32Format, Slots, State, format_of
+
+if TYPE_CHECKING:
+    from bnb_core.optim.optimizer import Optimizer
+
+#: Options that `GlobalOptimManager` sets for some parameters, in place of their group's.
+Override = Optional[Dict[str, Any]]
+
+
+class _Member(NamedTuple):
+    """A parameter that is updated."""
+
+    place: int
+    """Among all parameters of the optimizer."""
+    param: torch.Tensor
+    state: State
+    group: int
+    override: Override
+    slots: Slots
+    format: Float32Format
+
+    def key(self) -> Tuple[Any, ...]:
+        """Return what has to be equal in parameters that one call updates."""
+        common = self.format.common(self.state, self.slots)
+        return (self.group, id(self.override), self.format.op, self.param.device, self.param.dtype, id(self.state["step"]), *common)
+
+
+class Call(NamedTuple):
+    """One call of this step."""
+
+    batch: StepBatch
+    grads: List[torch.Tensor]
+    hyperparameters: Hyperparameters
+    step: torch.Tensor
+    lr: Number
+    device: torch.device
+    on_device: bool
+    """Whether the step count stays on the device, because a number would be captured, or cannot be read."""
+
+    def run(self, algorithm: str) -> None:
+        """Update the parameters."""
+        step = self.step.to(self.device) if self.on_device else int(self.step)
+        lr = self.lr.to(self.device, torch.float32).reshape(()) if isinstance(self.lr, torch.Tensor) else self.lr
+        self.batch.step(self.grads, algorithm, self.hyperparameters, step, lr)
+
+
+class _Bucket:
+    """Parameters that one call updates."""
+
+    def __init__(self, members: List[_Member]) -> None:
+        first = members[0]
+        self.group = first.group
+        self.override = first.override
+        self.slots = first.slots
+        self.step: torch.Tensor = first.state["step"]
+        self.device = first.param.device
+        self.places = [member.place for member in members]
+        states = [member.state for member in members]
+        self.batch = StepBatch(first.format.op, [member.param for member in members], first.format.arguments(states, first.slots))
+        keys = {"step"}.union(f"{name}{slot.number}" for slot in first.slots if slot for name in first.format.names)
+        #: The tensors that the batch was made of, to see whether the states still hold them.
+        self._kept = [(states, itemgetter(key), [state[key] for state in states]) for key in sorted(keys)]
+
+    def is_current(self) -> bool:
+        """Say whether the states hold the tensors that the batch was made of."""
+        try:
+            return all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
+        except KeyError:
+            return False
+
+
+class Plan:
+    """The calls of a step, for the parameters that have a gradient now.
+
+    Making one creates the states that are missing, and brings those that are there to where their parameter is.
+
+    Raises:
+        InvalidArgumentError: options that an optimizer does not take.
+    """
+
+    def __init__(self, optimizer: "Optimizer") -> None:
+        manager = GlobalOptimManager.get_instance()
+        self._changes = manager.changes
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._capturable = [group["capturable"] for group in optimizer.param_groups]
+        self._params = [param for group in optimizer.param_groups for param in group["params"]]
+        self._idle = [param.grad is None for param in self._params]
+        members = list(_members(optimizer, manager.overrides()))
+        capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
+        share_steps(
+            [(member.state, member.param.device if on_device else None) for member, on_device in zip(members, capturable)],
+            optimizer.state.values(),
+        )
+        self._active = [member.param for member in members]
+        self._states = [member.state for member in members]
+        buckets: Dict[Tuple[Any, ...], List[_Member]] = {}
+        for member in members:
+            buckets.setdefault(member.key(), []).append(member)
+        self._buckets = [_Bucket(bucket) for bucket in buckets.values()]
+        #: The step counts, each once.
+        self.steps = list({id(bucket.step): bucket.step for bucket in self._buckets}.values())
+
+    def calls(self, optimizer: "Optimizer") -> Optional[List[Call]]:
+        """Return the calls of this step; None where something has changed since the plan was made."""
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        if (
+            self._sizes != [len(group["params"]) for group in optimizer.param_groups]
+            or not all(map(is_, params, self._params))
+            or self._idle != [grad is None for grad in grads]
+            or self._capturable != [group["capturable"] for group in optimizer.param_groups]
+            or self._changes != GlobalOptimManager.get_instance().changes
+            or not all(map(is_, map(optimizer.state.get, self._active), self._states))
+            or not all(bucket.is_current() for bucket in self._buckets)
+        ):
+            return None
+        readable = ordinary_execution()
+        calls: List[Call] = []
+        for bucket in self._buckets:
+            options = optimizer.options(optimizer.param_groups[bucket.group], bucket.override)
+            hyperparameters = optimizer.hyperparameters(options)
+            if optimizer.slots_for(hyperparameters) != bucket.slots:
+                return None
+            gradients = [grads[place] for place in bucket.places]
+            on_device = self._capturable[bucket.group] or not readable
+            calls.append(Call(bucket.batch, gradients, hyperparameters, bucket.step, options["lr"], bucket.device, on_device))
+        return calls
+
+
+def _members(optimizer: "Optimizer", overrides: Dict[int, Dict[str, Any]]) -> Iterable[_Member]:
+    """List what is updated, with its states made ready."""
+    place = -1
+    for index, group in enumerate(optimizer.param_groups):
+        known: Dict[int, Tuple[Override, Dict[str, Any], Slots]] = {}
+        for param in group["params"]:
+            place += 1
+            if param.grad is None or not param.numel():
+                continue
+            given = overrides.get(id(param))
+            if id(given) not in known:
+                override = None if given is None else optimizer.translate_override(given)
+                options = optimizer.options(group, override)
+                optimizer.check(options)
+                known[id(given)] = override, options, optimizer.slots_for(optimizer.hyperparameters(options))
+            override, options, slots = known[id(given)]
+            state = optimizer.state[param]
+            small = param.numel() < options["min_8bit_size"]
+            format = format_of(state) or FORMATS[32 if small else options["optim_bits"]]
+            for slot in slots:
+                if slot is not None and slot.key not in state:
+                    format.add(state, slot, param, optimizer.initial_value(options))
+                elif slot is not None:
+                    format.follow(state, slot, param)
+            yield _Member(place, param, state, index, override, slots, format)
+
+
+def share_steps(members: Iterable[Tuple[State, Optional[torch.device]]], states: Iterable[State]) -> None:
+    """Give the states that are about to step together one tensor that counts their steps: float32, without dimensions.
+
+    Args:
+        members: those states, each with the device to count on. With None, which is the CPU, counts are read and compared; on a
+            device they are not, and only states that had a tensor in common share one afterwards.
+        states: all states of the optimizer. One that does not step keeps its tensor to itself.
+    """
+    holders = Counter(id(state["step"]) for state in states if "step" in state)
+    together: Dict[Tuple[Any, ...], List[State]] = {}
+    for state, device in members:
+        step = state.setdefault("step", 0)
+        compared = device is None or not isinstance(step, torch.Tensor)
+        together.setdefault((device, compared, int(step) if compared else id(step)), []).append(state)
+    for (device, *_), sharing in together.items():
+        step = sharing[0]["step"]
+        home = torch.device("cpu") if device is None else device
+        if not isinstance(step, torch.Tensor):
+            step = torch.tensor(float(step), device=home)
+        elif (
+            step.device != home
+            or step.dtype != torch.float32
+            or holders[id(step)] != len(sharing)
+            or any(state["step"] is not step for state in sharing)
+        ):
+            step = step.detach().to(home, torch.float32, copy=True).reshape(())
+        for state in sharing:
+            state["step"] = step
