@@ -29,7 +29,7 @@ def _check_packed(
     checks.require_dtype(op, "packed", packed, torch.uint8)
     checks.require_codebook(op, codebook, 16)
     checks.require_blocksize_4bit(op, blocksize)
-    checks.require_numel(op, "packed", packed, (n + 1) // 2, f"two codes a byte for {n} elements")
+    checks.require_numel(op, "packed", packed, (n + 1) // 2, "one byte for two elements")
     checks.require_block_scales(op, absmax, checks.ceil_div(n, blocksize), nested)
 
 
