@@ -85,7 +85,13 @@ def require_blocksize_4bit(op: str, blocksize: Any) -> None:
         raise InvalidArgumentError(f"{op}: blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES_4BIT))}")
 
 
-def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested] = None) -> None:
+def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any) -> None:
+    """Refuse block scales that are not one float32 a block."""
+    require_dtype(op, "absmax", absmax, torch.float32)
+    require_numel(op, "absmax", absmax, blocks, "one for each block")
+
+
+def require_block_scales_4bit(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested]) -> None:
     """Refuse block scales that do not fit the number of blocks, plain (float32) or nested (uint8)."""
     if nested is None:
         if absmax.dtype != torch.float32:
