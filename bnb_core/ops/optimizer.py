@@ -295,7 +295,7 @@ def _step_8bit_meta(
         if len(scales) != len(params):
             raise InvalidArgumentError(f"{op}: {len(params)} params and {len(scales)} tensors of absmax; give one for each state")
         for tensor, param in zip(scales, params):
-            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize), None)
+            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize))
     _check_number(op, "step", step)
     _check_number(op, "lr", lr)
     return ()
