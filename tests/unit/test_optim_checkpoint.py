@@ -204,7 +204,10 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s[0][WRAPPER].pop("state2"), r"state2 is None; a parameter of shape \[90, 60\] with 8-bit states needs torch.uint8"),
+        (
+            lambda s: s[0][WRAPPER].pop("state2"),
+            r"state2 is None; a parameter of shape \[90, 60\] with 8-bit states needs torch.uint8",
+        ),
         (lambda s: s[0][WRAPPER].pop("absmax1"), r"absmax1 is None; .* needs torch.float32 \[22\]"),
         (lambda s: s[0][WRAPPER].update(qmap2=torch.zeros(16)), r"qmap2 is torch.float32 \[16\]"),
         (lambda s: s[0].update({WRAPPER: s[1][WRAPPER]}), r"state1 is torch.float32 \[17\]; a parameter of shape \[90, 60\]"),

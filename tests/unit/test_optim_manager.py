@@ -107,7 +107,7 @@ def test_refuses(manager):
         stepped(optim.Adam, [param])
     manager.initialize()
     manager.override_config(param, "lr", -0.5)
-    with pytest.raises(InvalidArgumentError, match="lr is -0.5"):
+    with pytest.raises(InvalidArgumentError, match=r"lr is -0\.5"):
         stepped(optim.Adam, [param])
     manager.initialize()
     module = torch.nn.Linear(3, 3, bias=False)
