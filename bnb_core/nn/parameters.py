@@ -18,7 +18,7 @@ from bnb_core.quantization.four_bit import quantize_4bit
 from bnb_core.quantization.state import QuantState
 
 if TYPE_CHECKING:
-    from bnb_core.nn.linear4bit import Linear4bit
+    from bnb_core.nn.module4bit import Module4bit
 
 _Self = TypeVar("_Self", bound="QuantizedParameter")
 
@@ -192,7 +192,7 @@ class Params4bit(QuantizedParameter):
     quant_state: Optional[QuantState]
     quant_storage: torch.dtype
     bnb_quantized: bool
-    module: Optional["Linear4bit"]
+    module: Optional["Module4bit"]
 
     def __new__(
         cls,
@@ -203,7 +203,7 @@ class Params4bit(QuantizedParameter):
         compress_statistics: bool = True,
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
-        module: Optional["Linear4bit"] = None,
+        module: Optional["Module4bit"] = None,
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> "Params4bit":
@@ -228,7 +228,7 @@ class Params4bit(QuantizedParameter):
         quantized_stats: Mapping[str, Any],
         requires_grad: bool = False,
         device: Union[torch.device, str, int] = "cuda",
-        module: Optional["Linear4bit"] = None,
+        module: Optional["Module4bit"] = None,
         **kwargs: Any,
     ) -> "Params4bit":
         """Build a parameter from the tensors of a checkpoint.
