@@ -10,7 +10,6 @@ from typing import Any, Iterable, Optional, Tuple
 import torch
 
 from bnb_core.errors import InvalidArgumentError
-from bnb_core.ops.plain import REGISTERED
 from bnb_core.ops.spec import BLOCKSIZES_4BIT, Nested
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,11 +123,10 @@ def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: to
 
 def require_dense(op: str, name: str, tensor: torch.Tensor) -> None:
     """Refuse sparse and nested tensors, whose elements do not lie in memory by strides."""
+    if tensor.layout != torch.strided:
+        raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
     if getattr(tensor, "is_nested", False):
         raise InvalidArgumentError(f"{op}: {name} is a nested tensor; pass its tensors one by one, or padded")
-    # torch.compile traces no sparse tensors, and no backward that asks for the layout.
-    if not (REGISTERED and torch.compiler.is_compiling()) and tensor.layout != torch.strided:
-        raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
 
 
 def require_one_device(op: str, tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
