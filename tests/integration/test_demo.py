@@ -99,7 +99,9 @@ def test_weights_take_the_bytes_that_their_format_says(encoder):
     codebooks = 36 * 2048  # at most a 256-entry and a 16-entry table, and a description, for each layer
     expected = {"int8": matrices + 4 * biases, "nf4": matrices / 2 + 4 * matrices / 64, "nf4-nested": matrices / 2 + matrices / 64}
     for name, smallest in {**expected, "fp4": expected["nf4"]}.items():
-        assert smallest + 4 * biases <= encoder[name]["linear_bytes"] <= smallest + 4 * biases + matrices / 64 / 64 + codebooks, name
+        assert smallest + 4 * biases <= encoder[name]["linear_bytes"] <= smallest + 4 * biases + matrices / 64 / 64 + codebooks, (
+            name
+        )
         assert encoder[name]["weight_bytes"] == pytest.approx(rest + encoder[name]["linear_bytes"], abs=codebooks)
 
 
@@ -127,7 +129,7 @@ def test_perplexity_survives_quantization(results, language_model):
     for name, bound in {"int8": 0.002, "nf4": 0.01, "nf4-nested": 0.01, "fp4": 0.02}.items():
         assert language_model[name]["perplexity"] == pytest.approx(trained, rel=bound), name
     for result in language_model.values():
-        assert result["linear_layers"] == 18  # without lm_head
+        assert result["linear_layers"] == 12  # without lm_head
         assert result["sample"].startswith("The ")
         assert set(result["sample"]) <= set(ALPHABET)
 

@@ -134,7 +134,7 @@ def _memory_cells(result: FormatResult, original: FormatResult) -> List[str]:
 
 def _size(result: FormatResult) -> str:
     return (
-        f"{result.parameters / 1e6:.1f} million parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} "
+        f"{result.parameters:,} parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} "
         f"linear layers ({result.linear_bytes / result.weight_bytes:.0%}) are quantized; all else stays in {result.label}."
     )
 

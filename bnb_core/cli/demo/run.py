@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-import bitsandbytes as bnb
-
+import bnb_core as bnb
 from bnb_core.backends import BackendFallbackWarning, fallbacks
 from bnb_core.cli.demo import plots, preflight, report
 from bnb_core.cli.demo.checkpoint import LanguageCheckpoint, open_checkpoint
