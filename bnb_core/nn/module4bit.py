@@ -93,7 +93,7 @@ class Module4bit(QuantizedModule):
         return {"weight"}
 
 
-def missing_statistics(saved: Mapping[str, Any], quant_type: str) -> List[str]:
+def missing_statistics(saved: Mapping[str, Any], quant_type: Optional[str]) -> List[str]:
     """Name the statistics that a checkpoint lacks.
 
     Args:

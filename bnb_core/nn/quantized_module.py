@@ -146,3 +146,8 @@ def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:
     if moved.dtype != torch.uint8:
         moved = data.to(moved.device)
     return moved.view(tensor.dtype).view(tensor.shape)
+
+
+def cast_dtype(move: _Move, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that what `torch.nn.Module` moves or casts tensors by makes of tensors of this dtype."""
+    return move(torch.empty(1, dtype=dtype, device=device)).dtype
