@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
+from bnb_core.ops.arguments import conform
+from bnb_core.ops.outputs import Output, contiguous_strides
 from bnb_core.ops.plain import is_plain, ordinary_execution
+from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.structured import StructuredOp
 
 Tensors = Sequence[torch.Tensor]
 Number = Union[float, torch.Tensor]
@@ -25,17 +28,25 @@ class OptimizerStep(StructuredOp):
     strides are, they may read and write `numel()` consecutive elements. What is not so is copied, and copied back afterwards.
     """
 
-    def run(self, *args: Any, out: Any = None) -> Any:
+    def call(self, args: Tuple[Any, ...], out: Any = None) -> None:
+        """Update in place, directly where that is right and through the torch dispatcher otherwise."""
+        if out is not None:
+            raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
+        args = conform(self.spec, args)
+        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+            self.run(*args)
+        else:
+            self.dispatch(args)
+
+    def run(self, *args: Any) -> None:
         """Check, bring into storage order, resolve and run."""
-        self.meta(*args)
+        self.check(args)
         keep = [i for i, param in enumerate(args[0]) if param.numel()]
         if not keep:
             return
         if len(keep) < len(args[0]):
             args = tuple([value[i] for i in keep] if self._is_tensor_list(at) and value else value for at, value in enumerate(args))
-        device = args[0][0].device
-        self._check_devices(args, device)
-        if device.type == "meta":
+        if args[0][0].device.type == "meta":
             return
         args, copies = self._in_storage_order(args)
         self.run_checked(*args)
@@ -44,7 +55,7 @@ class OptimizerStep(StructuredOp):
 
     def run_checked(self, *args: Any) -> None:
         """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
-        self._run_kernel(args, args[0][0], ())
+        self._run_kernel(args, args[0][0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
@@ -69,16 +80,12 @@ class OptimizerStep(StructuredOp):
                         copies.append((original, tensors[i]))
         return tuple(aligned.get(at, value) for at, value in enumerate(args)), copies
 
-    def _contiguous(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return args  # storage order takes its place; codebooks and scales are made contiguous by whoever owns them
-
 
 class StepBatch:
     """Parameters and states that an optimizer updates together again and again: checked in full once, and then at a glance.
 
-    Full checks take longer than the step of many small tensors. So a batch that has passed them compares only what can change
-    behind its back: gradients, the parameters' data, the device of states. Whatever is not as it was goes through the full checks
-    again.
+    Full checks take longer than the step of many small tensors. So after them, only what can change behind the batch's back is
+    compared: the parameters' data by `is_current`, gradients by `step`.
 
     Args:
         op: `STEP_32BIT` or `STEP_8BIT`.
@@ -92,30 +99,17 @@ class StepBatch:
         self._params = params
         self._states = tuple(states)
         self._tail = (OPTIMIZER_BLOCKSIZE,) if op is STEP_8BIT else ()
-        self._known: Optional[_Known] = None
+        self._dtype = params[0].dtype
+        self._device = params[0].device
+        self._layouts = [(param.stride(), param.numel()) for param in params]
+        self._checked = False
 
-    def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
-        """Update the parameters with these gradients; the other arguments are the op's."""
-        args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
-        if self._known is not None and ordinary_execution() and self._fits(grads, self._known):
-            self._op.run_checked(*args)
-        else:
-            self._op(*args)
-            self._known = self._describe()
-
-    def _fits(self, grads: List[torch.Tensor], known: "_Known") -> bool:
-        dtype, device, layouts = known
-        strided = torch.strided
-        states = self._states[0] or self._params
-        for grad, param, state, (strides, numel) in zip(grads, self._params, states, layouts):
+    def is_current(self) -> bool:
+        """Say whether parameters have the layout that they had, and states are on their device still; without, make a new batch."""
+        dtype, device = self._dtype, self._device
+        for param, state, (strides, numel) in zip(self._params, self._states[0] or self._params, self._layouts):
             if (
-                type(grad) is not torch.Tensor
-                or grad.layout is not strided
-                or grad.dtype is not dtype
-                or grad.numel() != numel
-                or grad.stride() != strides
-                or grad.device != device
-                or param.dtype is not dtype
+                param.dtype is not dtype
                 or param.numel() != numel
                 or param.stride() != strides
                 or param.device != device
@@ -124,25 +118,42 @@ class StepBatch:
                 return False
         return True
 
-    def _describe(self) -> Optional["_Known"]:
-        """Return what to compare with from now on; None where tensors have to be copied or go through the dispatcher."""
+    def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
+        """Update the parameters, which are as `is_current` wants them. The arguments are the op's.
+
+        Raises:
+            InvalidArgumentError: as the op.
+        """
+        args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
+        if self._checked and ordinary_execution() and self._takes(grads):
+            self._op.run_checked(*args)
+        else:
+            self._op(*args)
+            self._checked = self._is_direct()
+
+    def _takes(self, grads: List[torch.Tensor]) -> bool:
+        dtype, device, strided = self._dtype, self._device, torch.strided
+        for grad, (strides, numel) in zip(grads, self._layouts):
+            if (
+                type(grad) is not torch.Tensor
+                or grad.layout is not strided
+                or grad.dtype is not dtype
+                or grad.numel() != numel
+                or grad.stride() != strides
+                or grad.device != device
+            ):
+                return False
+        return True
+
+    def _is_direct(self) -> bool:
+        """Say whether kernels can take the tensors as they are, without copies and without torch's dispatcher."""
         states = [tensors for tensors in self._states[:3] if tensors]
         if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
-            return None
-        for i, param in enumerate(self._params):
-            if not (param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)):
-                return None
-        layouts = [(param.stride(), param.numel()) for param in self._params]
-        return _Known(self._params[0].dtype, self._params[0].device, layouts)
-
-
-class _Known(NamedTuple):
-    """What a batch was when it passed the checks."""
-
-    dtype: torch.dtype
-    device: torch.device
-    layouts: List[Tuple[Tuple[int, ...], int]]
-    """Strides and size of each parameter."""
+            return False
+        return all(
+            param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)
+            for i, param in enumerate(self._params)
+        )
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -159,12 +170,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def storage_strides(tensor: torch.Tensor) -> Tuple[int, ...]:
     """Return the strides of the dense tensor that kernels see: the tensor's own, or those of a contiguous copy."""
-    if is_dense(tensor):
-        return tensor.stride()
-    strides = [1]
-    for size in reversed(tensor.shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides))
+    return tensor.stride() if is_dense(tensor) else contiguous_strides(tensor.shape)
 
 
 def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
@@ -177,14 +183,14 @@ def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tens
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if param.numel() and 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+        if (
+            param.numel()
+            and 0 in param.stride()
+            and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape))
+        ):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"
-            )
-        if grad.layout is not torch.strided:
-            raise InvalidArgumentError(
-                f"{op}: a gradient is {grad.layout}; only dense gradients are accepted, as `sparse=False` gives in embeddings"
             )
         if param.dtype != params[0].dtype or grad.dtype != params[0].dtype:
             raise InvalidArgumentError(
@@ -296,7 +302,7 @@ def _step_8bit_meta(
         if len(scales) != len(params):
             raise InvalidArgumentError(f"{op}: {len(params)} params and {len(scales)} tensors of absmax; give one for each state")
         for tensor, param in zip(scales, params):
-            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize), None)
+            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize))
     _check_number(op, "step", step)
     _check_number(op, "lr", lr)
     return ()

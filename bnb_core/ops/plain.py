@@ -14,6 +14,10 @@ import torch
 #: call runs directly.
 REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
 
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp) if REGISTERED else ()
+#: Say whether torch.compile or torch.export is tracing this call.
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
+
 _plain_types: Set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -30,11 +34,10 @@ def _make_ordinary_execution() -> Callable[[], bool]:
     functorch_level = torch._C._functorch.maybe_current_level
     tracing_state = torch._C._get_tracing_state
     forward_ad = torch.autograd.forward_ad
-    compiling = torch.compiler.is_compiling
 
     def ordinary_execution() -> bool:
         return not (
-            compiling()
+            is_compiling()
             or dispatch_modes()
             or tracing_state() is not None
             or functorch_level() is not None
@@ -48,11 +51,19 @@ def _make_ordinary_execution() -> Callable[[], bool]:
 ordinary_execution = _make_ordinary_execution()
 
 
-def under_functorch() -> bool:
-    """Say whether a function transform (vmap, grad, ...) is active; never true while compiling, which traces them itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+def transforms_differentiate() -> bool:
+    """Say whether torch.func or forward-mode differentiation takes derivatives now, which torch.library's ops do not know.
+
+    Never true while compiling, where what torch.func does to the ops of a graph is up to the compiler.
+    """
+    if is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() in _DIFFERENTIATING for transform in transforms)
 
 
 def is_plain(tensors: Iterable[Any]) -> bool:
-    """Say whether all these tensors (or None) are ordinary ones."""
-    return all(tensor is None or type(tensor) in _plain_types for tensor in tensors)
+    """Say whether all these tensors are ordinary ones, whose memory a kernel may use."""
+    return _plain_types.issuperset(map(type, tensors))
