@@ -83,7 +83,7 @@ def test_causal_language_model(tmp_path, dtype, name, size):
     assert [result["format"] for result in quantized] == ["int8", "nf4", "nf4-nested", "fp4"]
     for other in quantized:
         assert original["weight_bytes"] - other["weight_bytes"] == original["linear_bytes"] - other["linear_bytes"] > 0
-        # An untrained model spreads its bets over all words, whatever its precision. Measured: up to 0.1 % and 2.6 %.
+        # An untrained model spreads its bets over all words, whatever its precision. Measured: up to 0.2 % and 2.6 %.
         bound = 0.005 if other["format"] == "int8" else 0.05
         assert other["perplexity"] == pytest.approx(original["perplexity"], rel=bound)
         assert other["perplexity"] == pytest.approx(len(WORDS), rel=0.25)

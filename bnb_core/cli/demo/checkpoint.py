@@ -19,7 +19,7 @@ from bnb_core.cli.demo.text import language_reference
 
 #: Held-out text for a language model: windows of this many tokens, or of its own maximum if that is less.
 WINDOW = 128
-WINDOWS = 8
+WINDOWS = 16
 PROMPT = "The Python programming language is"
 NEW_TOKENS = 40
 

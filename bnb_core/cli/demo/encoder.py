@@ -64,7 +64,7 @@ def compare_embeddings(source: SentenceEncoder, repetitions: int) -> Iterator[En
     original = None
     for model, facts in in_each_format(source.load, source.device):
         with torch.no_grad():
-            embeddings = source.embed(model, inputs).double().cpu()
+            embeddings = source.embed(model, inputs).cpu().double()
             seconds = _fastest(functools.partial(source.embed, model, inputs), repetitions)
         original = embeddings if original is None else original
         cosines = (embeddings * original).sum(1).tolist()

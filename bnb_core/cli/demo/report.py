@@ -29,8 +29,8 @@ def opening_blocks(environment: Dict[str, Any]) -> List[Block]:
     if environment["backends"] == [REFERENCE_NAME]:
         blocks.append(
             Paragraph(
-                "Only the reference backend runs here: every op in plain PyTorch. Memory and accuracy are those of any backend, "
-                "but the times say nothing about one that is made for a device; bnb doctor shows what is installed."
+                "Note: only the reference backend runs here, every op in plain PyTorch. Memory and accuracy are those of any "
+                "backend, but the times say nothing about one that is made for a device; bnb doctor shows what is installed."
             )
         )
     return blocks

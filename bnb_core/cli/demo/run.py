@@ -39,7 +39,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(steps=600, repetitions=5, windows=512)
-QUICK = Effort(steps=60, repetitions=1, windows=32)
+QUICK = Effort(steps=60, repetitions=1, windows=8)
 
 
 def run(output: Path, model: Optional[Path], steps: Optional[int], seed: int, device: Optional[str], quick: bool) -> None:
