@@ -55,7 +55,8 @@ class Problem:
             optimizer_step_8bit_blockwise_([self.param], [grad], *tensors, *rest, self.blocksize)
 
     def tensors(self):
-        return [self.param, *sum(self.states, []), *(sum(self.absmax, []) if self.bits == 8 else [])]
+        lists = [*self.states, *self.absmax] if self.bits == 8 else self.states
+        return [self.param, *(tensor for tensors in lists for tensor in tensors)]
 
 
 def assert_equal(a, b):
