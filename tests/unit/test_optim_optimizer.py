@@ -231,7 +231,7 @@ def test_refuses_sparse_gradients():
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     optimizer = optim.AdamW8bit(embedding.parameters())
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(InvalidArgumentError, match="layout torch.sparse_coo; pass a dense tensor"):
+    with pytest.raises(InvalidArgumentError, match=r"grads\[0\] has layout torch.sparse_coo"):
         optimizer.step()
 
 
