@@ -12,7 +12,10 @@ from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.plain import REGISTERED
 from bnb_core.ops.spec import OPS
 
-pytestmark = pytest.mark.skipif(not REGISTERED, reason="torch.ops.bnb needs torch 2.4")
+pytestmark = [
+    pytest.mark.skipif(not REGISTERED, reason="torch.ops.bnb needs torch 2.4"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
+]
 
 if REGISTERED:
     from torch._functorch.aot_autograd import aot_export_module
@@ -95,7 +98,7 @@ def test_a_graph_may_be_copied(call, register_recorder):
 # ------------------------------------------------------------------------------------------------------------------ torch.jit.trace
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_jit_trace(call, register_recorder):
     register_recorder("other", factor=2)
     linear = Linear(call)
@@ -112,7 +115,7 @@ def test_jit_trace(call, register_recorder):
     assert torch.equal(torch.jit.load(file)(x), 2 * expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_jit_trace_of_a_backward(call):
     linear = Linear(call)
     traced = torch.jit.trace(linear, call[0])
