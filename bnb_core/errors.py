@@ -13,6 +13,14 @@ class InvalidArgumentError(BnbError, ValueError):
     """An argument has a value, dtype, shape or device that the function does not take."""
 
 
+class MissingParameterError(InvalidArgumentError, AttributeError):
+    """A module has no parameter of the name that is given."""
+
+
+class ParameterTypeError(InvalidArgumentError, TypeError):
+    """What is named as a module's parameter is something else."""
+
+
 class ConfigurationError(BnbError, ValueError):
     """A `BNB_*` environment variable, or a call that sets the same, has a value that is not accepted."""
 

@@ -66,7 +66,7 @@ def assert_product(actual: torch.Tensor, product: Product, what: str) -> None:
         worst = int(excess.argmax())
         raise AssertionError(
             f"{what}: {int((~fits).sum())} of {fits.size} elements are outside their bound; the worst is element {worst}: "
-            f"{got[worst]!r}, expected {y[worst]!r} within {bound[worst]:.3g}"
+            f"{float(got[worst])!r}, expected {float(y[worst])!r} within {bound[worst]:.3g}"
         )
 
 
@@ -85,7 +85,7 @@ def assert_rounded(actual: torch.Tensor, expected: Rounded, what: str) -> None:
         first = int((~fits).argmax())
         raise AssertionError(
             f"{what}: {int((~fits).sum())} of {fits.size} elements are wrong; the first is element {first}: "
-            f"{got[first]!r}, expected {low[first]!r} to {high[first]!r}"
+            f"{float(got[first])!r}, expected {float(low[first])!r} to {float(high[first])!r}"
         )
 
 
@@ -123,8 +123,8 @@ def assert_quantized(
         first = int((~fits).argmax())
         raise AssertionError(
             f"{what}: {int((~fits).sum())} of {n} codes are wrong; the first is element {first}: "
-            f"{entries[ranked][rank[first]]!r} stands for {value[first] * scale[first]!r}, "
-            f"nearest is {entries[ranked][right[first]]!r}"
+            f"{float(entries[ranked][rank[first]])!r} stands for {float(value[first] * scale[first])!r}, "
+            f"nearest is {float(entries[ranked][right[first]])!r}"
         )
 
 

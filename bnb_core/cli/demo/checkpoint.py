@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import textwrap
 from pathlib import Path
 from typing import Any, Iterator, Sequence, Union
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
+from bnb_core.cli.demo.formats import replace_layer
 from bnb_core.cli.demo.text import language_reference
 
 #: Held-out text for a language model: windows of this many tokens, or of its own maximum if that is less.
 WINDOW = 128
-WINDOWS = 8
+WINDOWS = 16
 PROMPT = "The Python programming language is"
 NEW_TOKENS = 40
 
@@ -59,7 +61,7 @@ class EncoderCheckpoint(Checkpoint):
         """Return f32[sentences, width], of length 1 each."""
         hidden = model(**inputs).last_hidden_state.float()
         present = inputs["attention_mask"][..., None]
-        return F.normalize((hidden * present).sum(1) / present.sum(1), dim=-1)
+        return functional.normalize((hidden * present).sum(1) / present.sum(1), dim=-1)
 
 
 class LanguageCheckpoint(Checkpoint):
@@ -80,7 +82,7 @@ class LanguageCheckpoint(Checkpoint):
     def loss(self, model: Any, windows: torch.Tensor) -> torch.Tensor:
         """Return the mean negative log-likelihood of a token, in nats."""
         logits = model(input_ids=windows).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     def generate(self, model: Any) -> str:
         """Continue a prompt with the likeliest tokens."""
@@ -104,12 +106,16 @@ def open_checkpoint(folder: Path, device: torch.device) -> Union[EncoderCheckpoi
     if importlib.util.find_spec("transformers") is None:
         raise click.ClickException("--model reads checkpoints with transformers, which is not installed; pip install transformers")
     if not (folder / "config.json").is_file():
-        raise click.ClickException(f"{folder} has no config.json, so it is no transformers checkpoint; pass a folder that save_pretrained() wrote")
+        raise click.ClickException(
+            f"{folder} has no config.json, so it is no transformers checkpoint; pass a folder that save_pretrained() wrote"
+        )
     with _explained(folder, "configuration"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
     architectures = " ".join(config.architectures or ())
     if config.is_encoder_decoder:
-        raise click.ClickException(f"{folder} holds an encoder-decoder ({architectures}); pass an encoder or a causal language model")
+        raise click.ClickException(
+            f"{folder} holds an encoder-decoder ({architectures}); pass an encoder or a causal language model"
+        )
     kind = LanguageCheckpoint if "ForCausalLM" in architectures or "LMHeadModel" in architectures else EncoderCheckpoint
     return kind(folder, config, device)
 
@@ -128,8 +134,8 @@ def _explained(folder: Path, part: str) -> Iterator[None]:
     """Turn what transformers raises about a folder into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # of many kinds, some of them of other libraries' own
+        reason = textwrap.shorten(str(error), width=200, placeholder=" ...") or type(error).__name__
         raise click.ClickException(f"transformers cannot read the {part} in {folder}: {reason}") from error
 
 
@@ -137,10 +143,9 @@ def _replace_transposed_linears(model: nn.Module) -> None:
     """Put an `nn.Linear` in the place of each `Conv1D`, which is what GPT-2 calls a linear layer with a transposed weight."""
     from transformers.pytorch_utils import Conv1D
 
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Conv1D):
-                linear = nn.Linear(*layer.weight.shape, bias=layer.bias is not None, dtype=layer.weight.dtype)
-                linear.weight.data = layer.weight.data.T.contiguous()
-                linear.bias = layer.bias
-                setattr(parent, name, linear)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Conv1D):
+            linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device="meta")
+            linear.weight = nn.Parameter(layer.weight.data.T.contiguous())
+            linear.bias = layer.bias
+            replace_layer(model, name, linear)

@@ -6,6 +6,7 @@ from typing import Callable, Iterable, List, TypeVar
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
@@ -30,14 +31,13 @@ def show(console: Console, blocks: Iterable[Block]) -> None:
             console.print(Padding(Text(block.text), (0, 0, 1, 2)))
 
 
-def collect(
-    console: Console, label: str, results: Iterable[Result], total: int, describe: Callable[[Result], str]
-) -> List[Result]:
+def collect(console: Console, label: str, results: Iterable[Result], total: int, describe: Callable[[Result], str]) -> List[Result]:
     """Return all the results, and show a bar that tells how many of `total` are there and what the last one was."""
     collected: List[Result] = []
-    columns = (TextColumn("{task.description:14}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}"))
+    last = TextColumn("{task.fields[last]}")
+    columns = (TextColumn("{task.description:14}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), last)
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(label, total=total, last="")
+        bar = progress.add_task(escape(label), total=total, last="")
         for result in results:
             collected.append(result)
             progress.update(bar, advance=1, last=describe(result))
