@@ -85,6 +85,13 @@ def test_make_fx_of_a_gradient(call):
     torch.testing.assert_close(graph(x.flip(0)), gradient(x.flip(0)))
 
 
+def test_symbolic_trace(call):
+    x, *rest = call
+    graph = torch.fx.symbolic_trace(lambda x: ops.gemm_4bit(x, *rest))
+    assert called(graph.graph) == [torch.ops.bnb.gemm_4bit.default]
+    assert torch.equal(graph(x.flip(0)), ops.gemm_4bit(x.flip(0), *rest))
+
+
 def test_a_graph_may_be_copied(call, register_recorder):
     x, *rest = call
     register_recorder("other", factor=2)
