@@ -168,6 +168,12 @@ def test_use_backend_around_a_compiled_call(example_call, register_recorder):
     assert run.counts.frame_count == 1
 
 
+def test_vmap_within_a_graph(example_call):
+    x, *weight = example_call("gemm_4bit")
+    run = compiled(lambda x: torch.func.vmap(lambda x: ops.gemm_4bit(x, *weight))(x))
+    assert_same(run(x), ops.gemm_4bit(x, *weight))
+
+
 def test_out(example_call):
     args = example_call("quantize_4bit")
     expected = ops.quantize_4bit(*args)
