@@ -9,7 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
-from bnb_core.ops.outputs import Output, contiguous_strides
+from bnb_core.ops.outputs import Output, contiguous_strides, mark_written
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
@@ -56,6 +56,7 @@ class OptimizerStep(StructuredOp):
     def run_checked(self, *args: Any) -> None:
         """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
         self._run_kernel(args, args[0][0])
+        mark_written(args[0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
