@@ -13,7 +13,7 @@ import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.ops import int8_quantize_rows
-from bnb_core.ops.plain import REGISTERED, add_plain_type
+from bnb_core.ops.plain import REGISTERED, add_plain_type, is_compiling
 from bnb_core.quantization.four_bit import quantize_4bit
 from bnb_core.quantization.state import QuantState
 
@@ -26,7 +26,6 @@ _Self = TypeVar("_Self", bound="QuantizedParameter")
 _TorchFunctionOff: Any = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
 _get_data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _set_data: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if REGISTERED else lambda: 0
 
 #: Casts of floating-point values, which packed codes that are stored as such are not.
@@ -37,7 +36,7 @@ _PARTITIONS = frozenset((torch.chunk, torch.split, torch.Tensor.chunk, torch.Ten
 def plain_data(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter's data as an ordinary tensor that shares its memory."""
     with _TorchFunctionOff():
-        if _is_compiling():
+        if is_compiling():
             return tensor.detach()  # the compiler takes `_get_data` for the property of the classes here, and would never return
         if _dispatch_modes():
             with torch._C._DisableTorchDispatch():  # tracers refuse classes that they do not know

@@ -55,9 +55,9 @@ def require_features(op: str, name: str, tensor: torch.Tensor, features: Any) ->
 
 
 def require_numel(op: str, name: str, tensor: torch.Tensor, numel: Any, why: str) -> None:
-    """Refuse a tensor with another number of elements."""
+    """Refuse a tensor with another number of elements. `why` names no size: in a string, a symbolic size becomes a constant."""
     if tensor.numel() != numel:
-        raise InvalidArgumentError(f"{op}: {name} has {tensor.numel()} elements; {why} needs {numel}")
+        raise InvalidArgumentError(f"{op}: {name} has {tensor.numel()} elements; it must have {numel}, {why}")
 
 
 def require_sizes(op: str, **sizes: Any) -> None:
@@ -85,9 +85,14 @@ def require_blocksize_4bit(op: str, blocksize: Any) -> None:
         raise InvalidArgumentError(f"{op}: blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES_4BIT))}")
 
 
-def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested] = None) -> None:
+def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any) -> None:
+    """Refuse block scales that are not one float32 a block."""
+    require_dtype(op, "absmax", absmax, torch.float32)
+    require_numel(op, "absmax", absmax, blocks, "one for each block")
+
+
+def require_block_scales_4bit(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested]) -> None:
     """Refuse block scales that do not fit the number of blocks, plain (float32) or nested (uint8)."""
-    why = f"a tensor of {blocks} blocks"
     if nested is None:
         if absmax.dtype != torch.float32:
             hint = "; pass `nested` too, or dequantize the scales first" if absmax.dtype == torch.uint8 else ""
@@ -99,15 +104,14 @@ def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Opt
         require_dtype(op, "nested.offset", nested.offset, torch.float32)
         require_numel(op, "nested.offset", nested.offset, 1, "one offset for all scales")
         require_blocksize(op, nested.blocksize, "nested.blocksize")
-        scales = ceil_div(blocks, nested.blocksize)
-        require_numel(op, "nested.absmax", nested.absmax, scales, f"{why}, {nested.blocksize} to a scale,")
-    require_numel(op, "absmax", absmax, blocks, why)
+        require_numel(op, "nested.absmax", nested.absmax, ceil_div(blocks, nested.blocksize), "one for nested.blocksize scales")
+    require_numel(op, "absmax", absmax, blocks, "one for each block")
 
 
 def require_row_scales(op: str, absmax: torch.Tensor, rows: Any, name: str = "absmax") -> None:
     """Refuse row scales that are not one float32 a row."""
     require_dtype(op, name, absmax, torch.float32)
-    require_numel(op, name, absmax, rows, f"one scale for each of {rows} rows or columns")
+    require_numel(op, name, absmax, rows, "one for each row or column")
 
 
 def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: torch.dtype) -> None:

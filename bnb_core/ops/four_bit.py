@@ -29,8 +29,8 @@ def _check_packed(
     checks.require_dtype(op, "packed", packed, torch.uint8)
     checks.require_codebook(op, codebook, 16)
     checks.require_blocksize_4bit(op, blocksize)
-    checks.require_numel(op, "packed", packed, (n + 1) // 2, f"two codes a byte for {n} elements")
-    checks.require_block_scales(op, absmax, checks.ceil_div(n, blocksize), nested)
+    checks.require_numel(op, "packed", packed, (n + 1) // 2, "one byte for two elements")
+    checks.require_block_scales_4bit(op, absmax, checks.ceil_div(n, blocksize), nested)
 
 
 def _dequantize_meta(
@@ -106,7 +106,7 @@ def _check_experts(
     checks.require_codebook(op, codebook, 16)
     checks.require_blocksize_4bit(op, blocksize)
     blocks = checks.ceil_div(N * K, blocksize)
-    checks.require_block_scales(op, absmax, experts * blocks, nested)
+    checks.require_block_scales_4bit(op, absmax, experts * blocks, nested)
     checks.require_shape(op, "absmax", absmax, experts, blocks)
     checks.require_dtype(op, "offsets", offsets, torch.int32)
     checks.require_shape(op, "offsets", offsets, experts + 1)

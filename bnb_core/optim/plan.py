@@ -76,9 +76,9 @@ class _Bucket:
         self._kept = [(states, itemgetter(key), [state[key] for state in states]) for key in sorted(keys)]
 
     def is_current(self) -> bool:
-        """Say whether the states hold the tensors that the batch was made of."""
+        """Say whether the states hold the tensors that the batch was made of, and parameters are as they were."""
         try:
-            return all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
+            return self.batch.is_current() and all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
         except KeyError:
             return False
 

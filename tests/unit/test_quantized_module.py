@@ -613,7 +613,8 @@ def test_tied_weights(make):
 def test_function_transforms(make):
     module = make().to("cpu")
     x = torch.randn(4, 3, IN)
-    assert torch.equal(torch.func.vmap(module)(x), module(x))
+    # One by one: which columns are outliers depends on the rows that are given together.
+    torch.testing.assert_close(torch.func.vmap(module)(x), torch.stack([module(rows) for rows in x]))
     g = torch.func.grad(lambda x: module(x).square().sum())(x)
     twin = x.clone().requires_grad_()
     module(twin).square().sum().backward()
