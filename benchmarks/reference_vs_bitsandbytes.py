@@ -6,8 +6,8 @@ The peer is bitsandbytes' `default` backend, which any device without kernels of
 those are passed over: each Python function is called by itself. Its two dequantizers are wrapped in torch.compile, and are timed so
 (`compiled`) and as plain PyTorch (`eager`), because a machine without a C++ compiler runs the latter.
 
-Calls alternate between the two sides, and the best time of each counts. Ratios below 1 mean that the reference backend is faster. On a
-machine with other work, use `--threads 1 --clock cpu`: processor time does not count the waiting, and one thread waits for no other.
+Calls alternate between the two sides, and the best time of each counts. Ratios below 1 mean that the reference backend is faster.
+On a machine with other work, use `--threads 1 --clock cpu`: processor time does not count waiting, and one thread waits for no other.
 """
 
 from __future__ import annotations
