@@ -96,6 +96,46 @@ def test_parameters_of_equal_step_share_a_call_and_others_do_not(calls):
     assert [int(optimizer.state[p]["step"]) for p in (a, b, c)] == [4, 4, 4]
 
 
+def test_equal_counts_do_not_drag_others_along():
+    a, b, idle = parameters((3,), (4,), (5,))
+    optimizer = optim.Adam([a, b, idle])
+    for stepping in ([a, idle], [b], [a, b]):  # at the end a and b have come to the same count, which `idle` has too
+        optimizer.zero_grad(set_to_none=True)
+        give_gradients(stepping)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (a, b, idle)] == [2, 2, 1]
+
+
+def test_states_may_be_replaced_by_hand():
+    (param,) = parameters((10,))
+    optimizer = optim.Adam([param], lr=0.5)
+    param.grad = torch.ones(10)
+    optimizer.step()
+    saved = {key: value.clone() for key, value in optimizer.state[param].items()}
+    optimizer.step()
+    expected = param.detach().clone()
+    with torch.no_grad():
+        param.add_(0.5)
+    optimizer.state[param] = saved
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), expected)
+    assert int(saved["step"]) == 2
+    optimizer.state.clear()
+    optimizer.step()
+    assert int(optimizer.state[param]["step"]) == 1
+    optimizer.state[param]["state1"] = torch.zeros(10)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[param]["state1"], torch.full((10,), 0.1))
+
+
+def test_a_parameter_without_elements_takes_no_part():
+    empty, param = parameters((0, 3), (4,))
+    optimizer = optim.AdamW8bit([empty, param])
+    give_gradients([empty, param])
+    optimizer.step()
+    assert list(optimizer.state) == [param]
+
+
 def test_nothing_to_do_without_gradients(calls):
     optimizer = optim.Adam(parameters((3,)))
     optimizer.step()
