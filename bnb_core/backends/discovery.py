@@ -82,7 +82,6 @@ class Entry:
         self._imported = False
         self._hooks: Any = None
         self._lock = threading.RLock()
-        self._loading_thread = 0
         self._reported = False
 
     def __repr__(self) -> str:
@@ -103,7 +102,6 @@ class Entry:
                     "move that use out of the plugin's module level"
                 )
             if self.state is State.DISCOVERED:
-                self._loading_thread = threading.get_ident()
                 self.state = State.LOADING
                 try:
                     self.settle(*self._load())
@@ -175,9 +173,8 @@ class Entry:
     def after_fork(self) -> None:
         """Make the entry usable in a forked child, where no other thread goes on and an import that it had begun never ends."""
         if self.state is State.LOADING:
-            if self._loading_thread == threading.get_ident():
-                return  # the import itself forked, and goes on here
-            # Python's own lock on the half-imported module stays taken, so that another attempt would hang.
+            # Python's own lock on the half-imported module stays taken, so that another attempt would hang. If it is the import
+            # itself that forked, it goes on here too and settles the entry once more.
             self.settle(
                 State.BROKEN,
                 "another thread was loading it when this process was forked; load it earlier, or start processes with 'spawn'",

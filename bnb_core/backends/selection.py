@@ -87,9 +87,11 @@ def _inform_once(message: str) -> None:
 
 def _last_resort() -> Tuple[Backend, ...]:
     entry = registry.snapshot().by_name.get(REFERENCE_NAME)
-    if entry is None or entry.load().state is not State.READY or entry.backend is None:
+    if entry is None:
         return ()
-    return (entry.backend,)
+    entry.load()
+    entry.report()
+    return (entry.backend,) if entry.state is State.READY and entry.backend is not None else ()
 
 
 _interned: Dict[Tuple[Tuple[str, ...], str], Selection] = {}

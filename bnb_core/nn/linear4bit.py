@@ -192,7 +192,8 @@ class Linear4bit(QuantizedModule, torch.nn.Linear):
             names += ["nested_absmax", "nested_quant_map"]
         missing = [f"weight.{name}" for name in names if f"weight.{name}" not in saved]
         if not any(name.startswith(_PACKED) for name in saved):
-            missing.append(_PACKED + getattr(self.weight, "quant_type", ""))
+            described = self.quant_state if self.quant_state is not None else self.weight
+            missing.append(_PACKED + described.quant_type)
         return missing
 
 

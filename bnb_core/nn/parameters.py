@@ -25,8 +25,8 @@ _Self = TypeVar("_Self", bound="QuantizedParameter")
 _TorchFunctionOff: Any = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
 _get_data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _set_data: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-#: The compiler takes `_get_data` for the property of the classes here, and would follow it forever.
 _is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if REGISTERED else lambda: 0
 
 #: Casts of floating-point values, which packed codes that are stored as such are not.
 _CASTS = frozenset((torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float, torch.Tensor.double))
@@ -36,7 +36,12 @@ _PARTITIONS = frozenset((torch.chunk, torch.split, torch.Tensor.chunk, torch.Ten
 def plain_data(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter's data as an ordinary tensor that shares its memory."""
     with _TorchFunctionOff():
-        return tensor.detach() if _is_compiling() else _get_data(tensor)
+        if _is_compiling():
+            return tensor.detach()  # the compiler takes `_get_data` for the property of the classes here, and would never return
+        if _dispatch_modes():
+            with torch._C._DisableTorchDispatch():  # tracers refuse classes that they do not know
+                return _get_data(tensor)
+        return _get_data(tensor)
 
 
 def map_quant_state(state: QuantState, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantState:

@@ -7,7 +7,8 @@ from typing import Optional, Sequence, Tuple
 import torch
 
 from bnb_core.ops import checks
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.outputs import Output
+from bnb_core.ops.structured import StructuredOp
 
 
 def _quantize_meta(x: torch.Tensor, codebook: torch.Tensor, blocksize: int) -> Sequence[Output]:
@@ -25,7 +26,7 @@ def _dequantize_meta(
     checks.require_dtype(op, "codes", codes, torch.uint8)
     checks.require_codebook(op, codebook, 256)
     checks.require_blocksize(op, blocksize)
-    checks.require_block_scales(op, absmax, checks.ceil_div(codes.numel(), blocksize), None)
+    checks.require_block_scales(op, absmax, checks.ceil_div(codes.numel(), blocksize))
     checks.require_float_dtype(op, dtype)
     return ((codes.shape, dtype),)
 
@@ -55,7 +56,7 @@ def quantize_blockwise(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _quantize(x, codebook, blocksize, out=out)
+    return _quantize.call((x, codebook, blocksize), out)
 
 
 def dequantize_blockwise(
@@ -83,4 +84,4 @@ def dequantize_blockwise(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _dequantize(codes, absmax, codebook, blocksize, dtype, out=out)
+    return _dequantize.call((codes, absmax, codebook, blocksize, dtype), out)

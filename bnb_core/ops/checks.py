@@ -1,8 +1,11 @@
-"""Checks of arguments that several op families share. Each message names the value, what is accepted and what to do."""
+"""Checks of arguments that several op families share. Each message names the value, what is accepted and what to do.
+
+They read dtypes, shapes, devices and numbers, never the elements of a tensor, so that they hold for fake tensors too.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Iterable, Optional, Tuple
 
 import torch
 
@@ -36,23 +39,44 @@ def require_shape(op: str, name: str, tensor: torch.Tensor, *shape: Any) -> None
         raise InvalidArgumentError(f"{op}: {name} has shape {list(tensor.shape)}; it must be {list(shape)}")
 
 
+def require_matrix(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that has not two dimensions."""
+    if tensor.dim() != 2:
+        raise InvalidArgumentError(
+            f"{op}: {name} has shape {list(tensor.shape)}; it must have two dimensions; flatten the others first"
+        )
+
+
+def require_features(op: str, name: str, tensor: torch.Tensor, features: Any) -> None:
+    """Refuse tensors that are not floating-point, or whose rows have another length."""
+    require_float(op, name, tensor)
+    if tensor.dim() == 0 or tensor.shape[-1] != features:
+        raise InvalidArgumentError(f"{op}: {name} has shape {list(tensor.shape)}; its last dimension must be {features}")
+
+
 def require_numel(op: str, name: str, tensor: torch.Tensor, numel: Any, why: str) -> None:
     """Refuse a tensor with another number of elements."""
     if tensor.numel() != numel:
         raise InvalidArgumentError(f"{op}: {name} has {tensor.numel()} elements; {why} needs {numel}")
 
 
-def require_codebook(op: str, codebook: torch.Tensor, entries: int) -> None:
+def require_sizes(op: str, **sizes: Any) -> None:
+    """Refuse negative sizes."""
+    for name, size in sizes.items():
+        if size < 0:
+            raise InvalidArgumentError(f"{op}: {name} is {size}; it must be 0 or more")
+
+
+def require_codebook(op: str, codebook: torch.Tensor, entries: int, name: str = "codebook") -> None:
     """Refuse codebooks that are not float32 of the right length."""
-    require_dtype(op, "codebook", codebook, torch.float32)
-    if codebook.numel() != entries:
-        raise InvalidArgumentError(f"{op}: codebook has {codebook.numel()} entries; it must have {entries}")
+    require_dtype(op, name, codebook, torch.float32)
+    require_shape(op, name, codebook, entries)
 
 
-def require_blocksize(op: str, blocksize: Any) -> None:
+def require_blocksize(op: str, blocksize: Any, name: str = "blocksize") -> None:
     """Refuse blocksizes that are not positive."""
     if blocksize < 1:
-        raise InvalidArgumentError(f"{op}: blocksize is {blocksize}; it must be at least 1")
+        raise InvalidArgumentError(f"{op}: {name} is {blocksize}; it must be at least 1")
 
 
 def require_blocksize_4bit(op: str, blocksize: Any) -> None:
@@ -61,7 +85,7 @@ def require_blocksize_4bit(op: str, blocksize: Any) -> None:
         raise InvalidArgumentError(f"{op}: blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES_4BIT))}")
 
 
-def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested]) -> None:
+def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested] = None) -> None:
     """Refuse block scales that do not fit the number of blocks, plain (float32) or nested (uint8)."""
     why = f"a tensor of {blocks} blocks"
     if nested is None:
@@ -71,13 +95,12 @@ def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Opt
     else:
         require_dtype(op, "absmax with nested statistics", absmax, torch.uint8)
         require_dtype(op, "nested.absmax", nested.absmax, torch.float32)
+        require_codebook(op, nested.codebook, 256, "nested.codebook")
         require_dtype(op, "nested.offset", nested.offset, torch.float32)
-        require_codebook(f"{op} (nested)", nested.codebook, 256)
-        require_blocksize(f"{op} (nested)", nested.blocksize)
         require_numel(op, "nested.offset", nested.offset, 1, "one offset for all scales")
-        require_numel(
-            op, "nested.absmax", nested.absmax, ceil_div(blocks, nested.blocksize), f"{why}, {nested.blocksize} to a scale,"
-        )
+        require_blocksize(op, nested.blocksize, "nested.blocksize")
+        scales = ceil_div(blocks, nested.blocksize)
+        require_numel(op, "nested.absmax", nested.absmax, scales, f"{why}, {nested.blocksize} to a scale,")
     require_numel(op, "absmax", absmax, blocks, why)
 
 
@@ -92,6 +115,40 @@ def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: to
     if bias is not None:
         require_dtype(op, "bias", bias, dtype)
         require_shape(op, "bias", bias, features)
+
+
+def require_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuse sparse and nested tensors, whose elements do not lie in memory by strides."""
+    if tensor.layout != torch.strided:
+        raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
+    if getattr(tensor, "is_nested", False):
+        raise InvalidArgumentError(f"{op}: {name} is a nested tensor; pass its tensors one by one, or padded")
+
+
+def require_one_device(op: str, tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
+    """Refuse tensors, given with their names, that are not all on one device."""
+    places = [(name, tensor.device) for name, tensor in tensors]
+    if any(device != places[0][1] for _, device in places):
+        listed = ", ".join(f"{name} on {device}" for name, device in places)
+        raise InvalidArgumentError(f"{op}: tensors are on different devices ({listed}); move them to one")
+
+
+def require_out(op: str, name: str, out: Any, shape: Tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor to fill that does not fit the output, or that cannot be written to."""
+    if not isinstance(out, torch.Tensor):
+        raise InvalidArgumentError(f"{op}: out for {name} is {type(out).__name__}; pass a {dtype} tensor of shape {list(shape)}")
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device:
+        raise InvalidArgumentError(
+            f"{op}: out for {name} is {out.dtype} {list(out.shape)} on {out.device}; it must be {dtype} {list(shape)} on {device}"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgumentError(
+            f"{op}: out for {name} requires grad, and no gradient passes through out; detach it or use torch.no_grad()"
+        )
+    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
+        raise InvalidArgumentError(
+            f"{op}: out for {name} has strides {list(out.stride())}, so that elements share memory; pass an expanded tensor's clone"
+        )
 
 
 def ceil_div(numerator: Any, denominator: Any) -> Any:

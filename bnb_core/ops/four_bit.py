@@ -9,8 +9,9 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.indices import check_index_values, require_indices
+from bnb_core.ops.outputs import Output
 from bnb_core.ops.spec import Nested
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.structured import StructuredOp
 
 
 def _quantize_meta(x: torch.Tensor, codebook: torch.Tensor, blocksize: int) -> Sequence[Output]:
@@ -41,19 +42,13 @@ def _dequantize_meta(
     dtype: torch.dtype,
     nested: Optional[Nested],
 ) -> Sequence[Output]:
+    checks.require_sizes("dequantize_4bit", **{f"shape[{dim}]": size for dim, size in enumerate(shape)})
     n: Any = 1
     for size in shape:
         n = n * size
     _check_packed("dequantize_4bit", packed, absmax, codebook, blocksize, n, nested)
     checks.require_float_dtype("dequantize_4bit", dtype)
     return ((shape, dtype),)
-
-
-def _product_meta(op: str, x: torch.Tensor, name: str, features: Any, outputs: Any) -> Sequence[Output]:
-    checks.require_float(op, name, x)
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise InvalidArgumentError(f"{op}: {name} has shape {list(x.shape)}; its last dimension must be {features}")
-    return (((*x.shape[:-1], outputs), x.dtype),)
 
 
 def _gemm_meta(
@@ -67,9 +62,12 @@ def _gemm_meta(
     bias: Optional[torch.Tensor],
     nested: Optional[Nested],
 ) -> Sequence[Output]:
-    _check_packed("gemm_4bit", packed, absmax, codebook, blocksize, N * K, nested)
-    checks.require_bias("gemm_4bit", bias, N, x.dtype)
-    return _product_meta("gemm_4bit", x, "x", K, N)
+    op = "gemm_4bit"
+    checks.require_sizes(op, N=N, K=K)
+    _check_packed(op, packed, absmax, codebook, blocksize, N * K, nested)
+    checks.require_features(op, "x", x, K)
+    checks.require_bias(op, bias, N, x.dtype)
+    return (((*x.shape[:-1], N), x.dtype),)
 
 
 def _gemm_transposed_meta(
@@ -82,47 +80,82 @@ def _gemm_transposed_meta(
     K: int,
     nested: Optional[Nested],
 ) -> Sequence[Output]:
-    _check_packed("gemm_4bit_transposed", packed, absmax, codebook, blocksize, N * K, nested)
-    return _product_meta("gemm_4bit_transposed", g, "g", N, K)
+    op = "gemm_4bit_transposed"
+    checks.require_sizes(op, N=N, K=K)
+    _check_packed(op, packed, absmax, codebook, blocksize, N * K, nested)
+    checks.require_features(op, "g", g, N)
+    return (((*g.shape[:-1], K), g.dtype),)
 
 
-def _grouped_meta(op: str, transposed: bool) -> Any:
-    def meta(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        codebook: torch.Tensor,
-        blocksize: int,
-        offsets: torch.Tensor,
-        N: int,
-        K: int,
-        nested: Optional[Nested],
-    ) -> Sequence[Output]:
-        if packed.dim() != 2:
-            raise InvalidArgumentError(f"{op}: packed has shape {list(packed.shape)}; it must be [experts, (N*K+1)//2]")
-        experts = packed.shape[0]
-        blocks = checks.ceil_div(N * K, blocksize)
-        checks.require_dtype(op, "packed", packed, torch.uint8)
-        checks.require_codebook(op, codebook, 16)
-        checks.require_blocksize_4bit(op, blocksize)
-        checks.require_shape(op, "packed", packed, experts, (N * K + 1) // 2)
-        checks.require_block_scales(op, absmax, experts * blocks, nested)
-        checks.require_shape(op, "absmax", absmax, experts, blocks)
-        checks.require_dtype(op, "offsets", offsets, torch.int32)
-        checks.require_shape(op, "offsets", offsets, experts + 1)
-        if x.dim() != 2:
-            raise InvalidArgumentError(f"{op}: tokens have shape {list(x.shape)}; they must be a matrix, one row a token")
-        return _product_meta(op, x, "g" if transposed else "x", N if transposed else K, K if transposed else N)
+def _check_experts(
+    op: str,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+) -> None:
+    checks.require_sizes(op, N=N, K=K)
+    checks.require_matrix(op, "packed", packed)
+    experts = packed.shape[0]
+    checks.require_dtype(op, "packed", packed, torch.uint8)
+    checks.require_shape(op, "packed", packed, experts, (N * K + 1) // 2)
+    checks.require_codebook(op, codebook, 16)
+    checks.require_blocksize_4bit(op, blocksize)
+    blocks = checks.ceil_div(N * K, blocksize)
+    checks.require_block_scales(op, absmax, experts * blocks, nested)
+    checks.require_shape(op, "absmax", absmax, experts, blocks)
+    checks.require_dtype(op, "offsets", offsets, torch.int32)
+    checks.require_shape(op, "offsets", offsets, experts + 1)
 
-    return meta
+
+def _grouped_meta(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+) -> Sequence[Output]:
+    op = "grouped_gemm_4bit"
+    _check_experts(op, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    checks.require_matrix(op, "x", x)
+    checks.require_features(op, "x", x, K)
+    return (((x.shape[0], N), x.dtype),)
+
+
+def _grouped_transposed_meta(
+    g: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+) -> Sequence[Output]:
+    op = "grouped_gemm_4bit_transposed"
+    _check_experts(op, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    checks.require_matrix(op, "g", g)
+    checks.require_features(op, "g", g, N)
+    return (((g.shape[0], K), g.dtype),)
 
 
 def _check_offsets(
     x: torch.Tensor, packed: Any, absmax: Any, codebook: Any, blocksize: Any, offsets: torch.Tensor, *rest: Any
 ) -> None:
-    if offsets[0] != 0 or offsets[-1] != x.shape[0] or (offsets[1:] < offsets[:-1]).any():
+    values = offsets.tolist()
+    tokens = x.shape[0]
+    if values[0] != 0 or values[-1] != tokens or sorted(values) != values:
         raise InvalidArgumentError(
-            f"grouped_gemm_4bit: offsets {offsets.tolist()} must rise from 0 to {x.shape[0]}, the tokens; sort these by expert"
+            f"grouped 4-bit product: offsets {values} must rise from 0 to {tokens}, the number of tokens; sort the tokens by expert"
         )
 
 
@@ -139,6 +172,7 @@ def _embedding_meta(
 ) -> Sequence[Output]:
     op = "embedding_4bit"
     require_indices(op, indices)
+    checks.require_sizes(op, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     _check_packed(op, packed, absmax, codebook, blocksize, num_embeddings * embedding_dim, nested)
     checks.require_float_dtype(op, dtype)
     return (((*indices.shape, embedding_dim), dtype),)
@@ -152,21 +186,13 @@ def _check_embedding_values(
 
 _quantize = StructuredOp("quantize_4bit", _quantize_meta)
 _dequantize = StructuredOp("dequantize_4bit", _dequantize_meta)
-_gemm = StructuredOp("gemm_4bit", _gemm_meta, adjoint="gemm_4bit_transposed")
-_gemm_transposed = StructuredOp("gemm_4bit_transposed", _gemm_transposed_meta, adjoint="gemm_4bit")
-_grouped = StructuredOp(
-    "grouped_gemm_4bit",
-    _grouped_meta("grouped_gemm_4bit", False),
-    adjoint="grouped_gemm_4bit_transposed",
-    check_values=_check_offsets,
-)
+_gemm = StructuredOp("gemm_4bit", _gemm_meta, adjoint="gemm_4bit_transposed", rowwise=True)
+_gemm_transposed = StructuredOp("gemm_4bit_transposed", _gemm_transposed_meta, adjoint="gemm_4bit", rowwise=True)
+_grouped = StructuredOp("grouped_gemm_4bit", _grouped_meta, adjoint="grouped_gemm_4bit_transposed", check_values=_check_offsets)
 _grouped_transposed = StructuredOp(
-    "grouped_gemm_4bit_transposed",
-    _grouped_meta("grouped_gemm_4bit_transposed", True),
-    adjoint="grouped_gemm_4bit",
-    check_values=_check_offsets,
+    "grouped_gemm_4bit_transposed", _grouped_transposed_meta, adjoint="grouped_gemm_4bit", check_values=_check_offsets
 )
-_embedding = StructuredOp("embedding_4bit", _embedding_meta, check_values=_check_embedding_values)
+_embedding = StructuredOp("embedding_4bit", _embedding_meta, rowwise=True, check_values=_check_embedding_values)
 
 
 def quantize_4bit(
@@ -190,7 +216,7 @@ def quantize_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _quantize(x, codebook, blocksize, out=out)
+    return _quantize.call((x, codebook, blocksize), out)
 
 
 def dequantize_4bit(
@@ -222,7 +248,7 @@ def dequantize_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _dequantize(packed, absmax, codebook, blocksize, tuple(shape), dtype, nested, out=out)
+    return _dequantize.call((packed, absmax, codebook, blocksize, shape, dtype, nested), out)
 
 
 def gemm_4bit(
@@ -257,7 +283,7 @@ def gemm_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _gemm(x, packed, absmax, codebook, blocksize, N, K, bias, nested, out=out)
+    return _gemm.call((x, packed, absmax, codebook, blocksize, N, K, bias, nested), out)
 
 
 def gemm_4bit_transposed(
@@ -285,7 +311,7 @@ def gemm_4bit_transposed(
     Raises:
         InvalidArgumentError: a dtype, shape, device or blocksize that is not accepted.
     """
-    return _gemm_transposed(g, packed, absmax, codebook, blocksize, N, K, nested, out=out)
+    return _gemm_transposed.call((g, packed, absmax, codebook, blocksize, N, K, nested), out)
 
 
 def grouped_gemm_4bit(

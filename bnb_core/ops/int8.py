@@ -9,14 +9,8 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.indices import check_index_values, require_indices
-from bnb_core.ops.structured import Output, StructuredOp
-
-
-def _require_matrix(op: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.dim() != 2:
-        raise InvalidArgumentError(
-            f"{op}: {name} has shape {list(tensor.shape)}; it must have two dimensions; flatten the others first"
-        )
+from bnb_core.ops.outputs import Output
+from bnb_core.ops.structured import StructuredOp
 
 
 def _require_threshold(op: str, threshold: float) -> None:
@@ -26,14 +20,14 @@ def _require_threshold(op: str, threshold: float) -> None:
 
 def _check_weight(op: str, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     checks.require_dtype(op, "codes", codes, torch.int8)
-    _require_matrix(op, "codes", codes)
+    checks.require_matrix(op, "codes", codes)
     checks.require_row_scales(op, absmax, codes.shape[0])
 
 
 def _quantize_rows_meta(x: torch.Tensor, threshold: float) -> Sequence[Output]:
     op = "int8_quantize_rows"
     checks.require_float(op, "x", x)
-    _require_matrix(op, "x", x)
+    checks.require_matrix(op, "x", x)
     _require_threshold(op, threshold)
     return (x.shape, torch.int8), ((x.shape[0],), torch.float32), ((x.shape[1],), torch.bool)
 
@@ -41,7 +35,7 @@ def _quantize_rows_meta(x: torch.Tensor, threshold: float) -> Sequence[Output]:
 def _quantize_rows_cols_meta(x: torch.Tensor, threshold: float) -> Sequence[Output]:
     op = "int8_quantize_rows_cols"
     checks.require_float(op, "x", x)
-    _require_matrix(op, "x", x)
+    checks.require_matrix(op, "x", x)
     _require_threshold(op, threshold)
     rows, cols = x.shape
     return (
@@ -57,7 +51,7 @@ def _matmul_meta(a: torch.Tensor, b: torch.Tensor) -> Sequence[Output]:
     op = "int8_matmul"
     for name, tensor in (("a", a), ("b", b)):
         checks.require_dtype(op, name, tensor, torch.int8)
-        _require_matrix(op, name, tensor)
+        checks.require_matrix(op, name, tensor)
     if a.shape[1] != b.shape[1]:
         raise InvalidArgumentError(f"{op}: a has shape {list(a.shape)} and b {list(b.shape)}; their last dimensions must be equal")
     return (((a.shape[0], b.shape[0]), torch.int32),)
@@ -68,7 +62,7 @@ def _matmul_dequant_meta(
 ) -> Sequence[Output]:
     op = "int8_matmul_dequant"
     checks.require_dtype(op, "product", product, torch.int32)
-    _require_matrix(op, "product", product)
+    checks.require_matrix(op, "product", product)
     checks.require_row_scales(op, row_absmax, product.shape[0], "row_absmax")
     checks.require_row_scales(op, col_absmax, product.shape[1], "col_absmax")
     checks.require_float_dtype(op, dtype)
@@ -87,27 +81,23 @@ def _linear_meta(
     x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, bias: Optional[torch.Tensor], threshold: float
 ) -> Sequence[Output]:
     op = "int8_linear"
-    checks.require_float(op, "x", x)
     _check_weight(op, codes, absmax)
     _require_threshold(op, threshold)
     rows, cols = codes.shape
-    if x.dim() == 0 or x.shape[-1] != cols:
-        raise InvalidArgumentError(f"{op}: x has shape {list(x.shape)}; its last dimension must be {cols}")
+    checks.require_features(op, "x", x, cols)
     checks.require_bias(op, bias, rows, x.dtype)
     return (((*x.shape[:-1], rows), x.dtype),)
 
 
 def _linear_transposed_meta(g: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> Sequence[Output]:
     op = "int8_linear_transposed"
-    checks.require_float(op, "g", g)
     _check_weight(op, codes, absmax)
     rows, cols = codes.shape
-    if g.dim() == 0 or g.shape[-1] != rows:
-        raise InvalidArgumentError(f"{op}: g has shape {list(g.shape)}; its last dimension must be {rows}")
+    checks.require_features(op, "g", g, rows)
     return (((*g.shape[:-1], cols), g.dtype),)
 
 
-def _linear_transposed_adjoint(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, **_: Any) -> torch.Tensor:
+def _linear_transposed_adjoint(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     # int8_linear would quantize the gradient; the exact adjoint multiplies by the dequantized weight.
     return torch.nn.functional.linear(grad, int8_dequantize_rows(codes, absmax, grad.dtype))
 
@@ -129,9 +119,12 @@ _quantize_rows_cols = StructuredOp("int8_quantize_rows_cols", _quantize_rows_col
 _matmul = StructuredOp("int8_matmul", _matmul_meta)
 _matmul_dequant = StructuredOp("int8_matmul_dequant", _matmul_dequant_meta)
 _dequantize_rows = StructuredOp("int8_dequantize_rows", _dequantize_rows_meta)
+# Not `rowwise`: which columns are outlier columns depends on every row.
 _linear = StructuredOp("int8_linear", _linear_meta, adjoint="int8_linear_transposed")
-_linear_transposed = StructuredOp("int8_linear_transposed", _linear_transposed_meta, adjoint=_linear_transposed_adjoint)
-_embedding = StructuredOp("embedding_8bit", _embedding_meta, check_values=_check_embedding_values)
+_linear_transposed = StructuredOp(
+    "int8_linear_transposed", _linear_transposed_meta, adjoint=_linear_transposed_adjoint, rowwise=True
+)
+_embedding = StructuredOp("embedding_8bit", _embedding_meta, rowwise=True, check_values=_check_embedding_values)
 
 
 def int8_quantize_rows(
@@ -151,7 +144,7 @@ def int8_quantize_rows(
     Raises:
         InvalidArgumentError: a dtype, shape or threshold that is not accepted.
     """
-    return _quantize_rows(x, threshold, out=out)
+    return _quantize_rows.call((x, threshold), out)
 
 
 def int8_quantize_rows_cols(
@@ -187,7 +180,7 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, out: Optional[torch.Tensor]
     Raises:
         InvalidArgumentError: a dtype or shape that is not accepted.
     """
-    return _matmul(a, b, out=out)
+    return _matmul.call((a, b), out)
 
 
 def int8_matmul_dequant(
@@ -215,7 +208,7 @@ def int8_matmul_dequant(
     Raises:
         InvalidArgumentError: a dtype, shape or device that is not accepted.
     """
-    return _matmul_dequant(product, row_absmax, col_absmax, bias, dtype, out=out)
+    return _matmul_dequant.call((product, row_absmax, col_absmax, bias, dtype), out)
 
 
 def int8_dequantize_rows(
@@ -235,7 +228,7 @@ def int8_dequantize_rows(
     Raises:
         InvalidArgumentError: a dtype, shape or device that is not accepted.
     """
-    return _dequantize_rows(codes, absmax, dtype, out=out)
+    return _dequantize_rows.call((codes, absmax, dtype), out)
 
 
 def int8_linear(
@@ -263,7 +256,7 @@ def int8_linear(
     Raises:
         InvalidArgumentError: a dtype, shape, device or threshold that is not accepted.
     """
-    return _linear(x, codes, absmax, bias, threshold, out=out)
+    return _linear.call((x, codes, absmax, bias, threshold), out)
 
 
 def int8_linear_transposed(
@@ -283,7 +276,7 @@ def int8_linear_transposed(
     Raises:
         InvalidArgumentError: a dtype, shape or device that is not accepted.
     """
-    return _linear_transposed(g, codes, absmax, out=out)
+    return _linear_transposed.call((g, codes, absmax), out)
 
 
 def embedding_8bit(indices: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,9 +8,12 @@ import torch
 
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
+from bnb_core.ops.arguments import conform
+from bnb_core.ops.outputs import Output, contiguous_strides
 from bnb_core.ops.plain import is_plain, ordinary_execution
+from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
-from bnb_core.ops.structured import Output, StructuredOp
+from bnb_core.ops.structured import StructuredOp
 
 Tensors = Sequence[torch.Tensor]
 Number = Union[float, torch.Tensor]
@@ -25,17 +28,25 @@ class OptimizerStep(StructuredOp):
     strides are, they may read and write `numel()` consecutive elements. What is not so is copied, and copied back afterwards.
     """
 
-    def run(self, *args: Any, out: Any = None) -> Any:
+    def call(self, args: Tuple[Any, ...], out: Any = None) -> None:
+        """Update in place, directly where that is right and through the torch dispatcher otherwise."""
+        if out is not None:
+            raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
+        args = conform(self.spec, args)
+        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+            self.run(*args)
+        else:
+            self.dispatch(args)
+
+    def run(self, *args: Any) -> None:
         """Check, bring into storage order, resolve and run."""
-        self.meta(*args)
+        self.check(args)
         keep = [i for i, param in enumerate(args[0]) if param.numel()]
         if not keep:
             return
         if len(keep) < len(args[0]):
             args = tuple([value[i] for i in keep] if self._is_tensor_list(at) and value else value for at, value in enumerate(args))
-        device = args[0][0].device
-        self._check_devices(args, device)
-        if device.type == "meta":
+        if args[0][0].device.type == "meta":
             return
         args, copies = self._in_storage_order(args)
         self.run_checked(*args)
@@ -44,7 +55,7 @@ class OptimizerStep(StructuredOp):
 
     def run_checked(self, *args: Any) -> None:
         """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
-        self._run_kernel(args, args[0][0], ())
+        self._run_kernel(args, args[0][0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
@@ -69,15 +80,13 @@ class OptimizerStep(StructuredOp):
                         copies.append((original, tensors[i]))
         return tuple(aligned.get(at, value) for at, value in enumerate(args)), copies
 
-    def _contiguous(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return args  # storage order takes its place; codebooks and scales are made contiguous by whoever owns them
-
 
 class StepBatch:
     """Parameters and states that an optimizer updates together again and again: checked in full once, and then at a glance.
 
     Full checks take longer than the step of many small tensors. So a batch that has passed them compares only what can change
-    behind its back, the gradients and the parameters' data. Whatever is not as it was goes through the full checks again.
+    behind its back: gradients, the parameters' data, the device of states. Whatever is not as it was goes through the full checks
+    again.
 
     Args:
         op: `STEP_32BIT` or `STEP_8BIT`.
@@ -105,7 +114,8 @@ class StepBatch:
     def _fits(self, grads: List[torch.Tensor], known: "_Known") -> bool:
         dtype, device, layouts = known
         strided = torch.strided
-        for grad, param, (strides, numel) in zip(grads, self._params, layouts):
+        states = self._states[0] or self._params
+        for grad, param, state, (strides, numel) in zip(grads, self._params, states, layouts):
             if (
                 type(grad) is not torch.Tensor
                 or grad.layout is not strided
@@ -117,6 +127,7 @@ class StepBatch:
                 or param.numel() != numel
                 or param.stride() != strides
                 or param.device != device
+                or state.device != device
             ):
                 return False
         return True
@@ -156,12 +167,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def storage_strides(tensor: torch.Tensor) -> Tuple[int, ...]:
     """Return the strides of the dense tensor that kernels see: the tensor's own, or those of a contiguous copy."""
-    if is_dense(tensor):
-        return tensor.stride()
-    strides = [1]
-    for size in reversed(tensor.shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides))
+    return tensor.stride() if is_dense(tensor) else contiguous_strides(tensor.shape)
 
 
 def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ import torch
 #: call runs directly.
 REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
 
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp) if REGISTERED else ()
 _plain_types: Set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -48,11 +49,19 @@ def _make_ordinary_execution() -> Callable[[], bool]:
 ordinary_execution = _make_ordinary_execution()
 
 
-def under_functorch() -> bool:
-    """Say whether a function transform (vmap, grad, ...) is active; never true while compiling, which traces them itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+def transforms_differentiate() -> bool:
+    """Say whether torch.func or forward-mode differentiation takes derivatives now, which torch.library's ops do not know.
+
+    Never true while compiling, where what torch.func does to the ops of a graph is up to the compiler.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() in _DIFFERENTIATING for transform in transforms)
 
 
 def is_plain(tensors: Iterable[Any]) -> bool:
-    """Say whether all these tensors (or None) are ordinary ones."""
-    return all(tensor is None or type(tensor) in _plain_types for tensor in tensors)
+    """Say whether all these tensors are ordinary ones, whose memory a kernel may use."""
+    return _plain_types.issuperset(map(type, tensors))

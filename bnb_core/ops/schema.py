@@ -16,6 +16,7 @@ _SCALARS = {"int": "SymInt", "ints": "SymInt[]", "float": "float", "str": "str",
 _FIELD_TYPES = {float: "float", int: "int", bool: "bool"}
 #: The torch type of each number: steps are counted, learning rates are not.
 _NUMBERS = {"step": "SymInt", "lr": "float"}
+_NOT_NESTED = (None, None, None, 0)
 
 
 def torch_schema(spec: OpSpec) -> str:
@@ -47,7 +48,7 @@ def flatten(spec: OpSpec, args: Sequence[Any]) -> List[Any]:
     flat: List[Any] = []
     for parameter, value in zip(spec.parameters, args):
         if parameter.kind == "nested":
-            flat.extend((None, None, None, 0) if value is None else value)
+            flat.extend(_NOT_NESTED if value is None else value)
         elif parameter.kind == "hyperparameters":
             flat.extend(value)
         elif parameter.kind == "number":
@@ -75,18 +76,17 @@ def unflatten(spec: OpSpec, flat: Sequence[Any]) -> Tuple[Any, ...]:
     return tuple(args)
 
 
-def tensors_of(spec: OpSpec, args: Sequence[Any]) -> List[Any]:
-    """List every tensor among an op's arguments."""
-    tensors: List[Any] = []
+def tensors_of(spec: OpSpec, args: Sequence[Any]) -> List[Tuple[str, Any]]:
+    """List every tensor among an op's arguments, with a name for messages."""
+    named: List[Tuple[str, Any]] = []
     for parameter, value in zip(spec.parameters, args):
+        name = parameter.name
         if value is None:
             continue
-        if parameter.kind == "tensor":
-            tensors.append(value)
-        elif parameter.kind == "tensors":
-            tensors.extend(value)
+        if parameter.kind == "tensors":
+            named.extend((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
         elif parameter.kind == "nested":
-            tensors.extend(value[:3])
-        elif parameter.kind == "number" and isinstance(value, torch.Tensor):
-            tensors.append(value)
-    return tensors
+            named.extend((f"nested.{field}", tensor) for field, tensor in zip(Nested._fields, value[:3]))
+        elif isinstance(value, torch.Tensor):
+            named.append((name, value))
+    return named

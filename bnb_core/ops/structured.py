@@ -1,39 +1,87 @@
-"""Tie an op's spec, argument checks, output shapes and derivative together, once, for eager, compiled and traced calls.
+"""Run an op: check the arguments, find the kernel, allocate the outputs, and let the kernel fill them.
 
 op(x, ...)
-  plain tensors:    StructuredOp.run: checks -> resolve the kernel -> allocate -> kernel(..., out=)
-  everything else:  torch.ops.bnb.<op>, whose implementation is the same `run`, and whose Meta kernel the same shapes
+  plain tensors:    `StructuredOp` runs the kernel itself, under autograd where a gradient is asked for (`derivatives`)
+  everything else:  torch.ops.bnb.<op> (`registration`), implemented by the same `run`, with the same `check` as its Meta kernel
+
+What checks and outputs depend on, which is the arguments' types, shapes, dtypes and devices and the values of numbers, is a call's
+signature. It is worked out once and kept, so that a call like an earlier one costs a look-up.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from operator import attrgetter, itemgetter
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 
-from bnb_core.backends import dispatch, selection
+from bnb_core.backends import dispatch
 from bnb_core.backends.api import Call
 from bnb_core.errors import InvalidArgumentError
-from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, under_functorch
-from bnb_core.ops.schema import flatten, tensors_of, torch_schema, unflatten
+from bnb_core.ops import checks
+from bnb_core.ops.arguments import conform
+from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_gradient
+from bnb_core.ops.outputs import Output, allocator, check_out, store, targets_for
+from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, transforms_differentiate
+from bnb_core.ops.schema import flatten, tensors_of
 from bnb_core.ops.spec import OPS, Nested
 
-#: Shape and dtype of one output.
-Output = Tuple[Sequence[Any], torch.dtype]
+if REGISTERED:
+    from bnb_core.ops import registration
 
-_library: Any = torch.library.Library("bnb", "DEF") if REGISTERED else None
+Tensors = Tuple[torch.Tensor, ...]
+
+#: Signatures kept for each combination of argument types; when there are more, all are forgotten.
+_MOST_SIGNATURES = 4096
+
+_describe = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 _ops: Dict[str, "StructuredOp"] = {}
 
 
+class _Form:
+    """What the types of a call's arguments say: where its tensors and its numbers are, and whether it may run directly.
+
+    Args:
+        flat: the arguments, with those of `nested` in its place if it is given.
+        tensors_at: where among them tensors may be.
+    """
+
+    __slots__ = ("numbers", "plain", "signatures", "tensors")
+
+    def __init__(self, flat: Tuple[Any, ...], tensors_at: Sequence[int]) -> None:
+        given = [at for at, value in enumerate(flat) if value is not None]
+        self.tensors = _picker([at for at in given if at in tensors_at])
+        self.numbers = _picker([at for at in given if at not in tensors_at])
+        self.plain = not REGISTERED or is_plain(self.tensors(flat))
+        self.signatures: Dict[Any, _Signature] = {}
+
+
+class _Signature:
+    """What the shapes, dtypes and devices of a call's tensors and the values of its numbers say, once they have been checked."""
+
+    __slots__ = ("allocators", "device", "differentiable", "outputs", "requires_grad", "runs")
+
+    def __init__(self, op: "StructuredOp", args: Tuple[Any, ...], tensors: Tensors) -> None:
+        self.outputs = op.check(args)
+        first = op.first_of(args)
+        self.device = first.device
+        self.allocators = [allocator(shape, dtype, self.device) for shape, dtype in self.outputs]
+        #: Whether there is anything for a kernel to do.
+        self.runs = self.device.type != "meta" and first.numel() > 0 and all(0 not in shape for shape, _ in self.outputs)
+        self.requires_grad = any(tensor.requires_grad for tensor in tensors)
+        self.differentiable = needs_gradient(op, args)
+
+
 class StructuredOp:
-    """An op of the spec, callable with its parameters by position.
+    """An op of the spec, callable with all its parameters by position.
 
     Args:
         name: the op's name in `OPS`.
-        meta: checks the arguments by shape, dtype and value of scalars, and returns the (shape, dtype) of each output.
+        meta: checks the arguments by shape, dtype and value of numbers, and returns the (shape, dtype) of each output.
         adjoint: for an op that is linear in its first argument: name of the op that computes the gradient of that argument from
-            the output's, or a function of the output's gradient and of the other arguments by name. The other tensors are
-            constants, except a bias that is added at the end.
+            the output's, or a function of the output's gradient and the op's other arguments. The other tensors are constants,
+            except a bias that is added at the end.
+        rowwise: the op works on each row of its first argument alone, so that more leading dimensions change nothing.
         check_values: checks of values on CPU tensors, where reading them costs no synchronization.
     """
 
@@ -43,275 +91,201 @@ class StructuredOp:
         meta: Callable[..., Sequence[Output]],
         *,
         adjoint: Union[str, Callable[..., torch.Tensor], None] = None,
+        rowwise: bool = False,
         check_values: Optional[Callable[..., None]] = None,
     ) -> None:
         self.spec = OPS[name]
         self.meta = meta
         self.adjoint = adjoint
-        #: A linear op on rows takes one more leading dimension as it is.
-        self._folds_batch = adjoint is not None and "..." in OPS[name].parameters[0].layout
+        self.rowwise = rowwise
         self.check_values = check_values
         names = [parameter.name for parameter in self.spec.parameters]
-        self._device_at = names.index(self.spec.dispatch)
+        kinds = [parameter.kind for parameter in self.spec.parameters]
+        self.bias_at = names.index("bias") if "bias" in names else None
+        self._first_at = names.index(self.spec.dispatch)
         self._dtype_at = names.index(self.spec.dispatch_dtype) if self.spec.dispatch_dtype else None
-        self._bias_at = names.index("bias") if "bias" in names else None
-        self._dropped = [i for i, parameter in enumerate(self.spec.parameters) if not parameter.to_kernel]
-        self._is_list = self.spec.parameters[self._device_at].kind == "tensors"
-        self._tensor_at = [i for i, parameter in enumerate(self.spec.parameters) if parameter.kind == "tensor"]
-        self._nested_at = names.index("nested") if "nested" in names else None
-        self._torch_op: Any = None
-        self.flat_bias_at: Optional[int] = None
+        self._nested_at = kinds.index("nested") if "nested" in kinds else None
+        #: Where tensors may be, when the fields of `nested`, always the last parameter, are in its place.
+        self._tensors_at = [at for at, kind in enumerate(kinds) if kind == "tensor"]
+        if self._nested_at is not None:
+            self._tensors_at.extend(range(self._nested_at, self._nested_at + 3))
+        to_kernel = [at for at, parameter in enumerate(self.spec.parameters) if parameter.to_kernel]
+        self._kernel_arguments = _picker(to_kernel) if len(to_kernel) < len(names) else None
+        self._forms: Dict[Tuple[type, ...], _Form] = {}
         _ops[name] = self
-        if REGISTERED:
-            self._register()
+        self.torch_op: Any = registration.define(self) if REGISTERED else None
 
     # ---------------------------------------------------------------------------------------------------------------- calling
 
     def __call__(self, *args: Any, out: Any = None) -> Any:
-        """Run the op, directly where that is right and through the torch dispatcher otherwise."""
-        if REGISTERED and not (ordinary_execution() and is_plain(self._tensors(args))):
-            flat = flatten(self.spec, args)
-            if self.adjoint is not None and under_functorch():
-                result = _TransformedLinearFunction.apply(self, *flat)
-            else:
-                result = self._torch_op(*flat)
-            return result if out is None else self._copy_out(result, out)
-        if self.adjoint is not None and out is None and torch.is_grad_enabled() and self._needs_grad(args):
-            bias = args[self._bias_at] if self._bias_at is not None else None
-            return _LinearFunction.apply(self, args, args[0], bias)
-        return self.run(*args, out=out)
+        """Run the op; see `call`."""
+        return self.call(args, out)
 
-    def run(self, *args: Any, out: Any = None) -> Any:
-        """Check, resolve, allocate and run. `out` takes the place of the allocated outputs: a tensor, or a tuple of tensors."""
-        outputs = self.meta(*args)
-        first = args[self._device_at][0] if self._is_list else args[self._device_at]
-        self._check_devices(args, first.device)
-        if self.check_values is not None and first.device.type == "cpu":
+    def call(self, args: Tuple[Any, ...], out: Any = None) -> Any:
+        """Run the op, directly where that is right and through the torch dispatcher otherwise.
+
+        Args:
+            args: all the op's arguments, in order.
+            out: tensor, or tuple of tensors, to fill instead of new ones. They get what new ones would, also where they overlap
+                arguments.
+
+        Raises:
+            InvalidArgumentError: the arguments or `out` do not fit the op.
+        """
+        if ordinary_execution():
+            args, tensors, signature = self._look_up(args, plain_only=True)
+            if signature is not None:
+                if signature.requires_grad and torch.is_grad_enabled():
+                    return self._run_with_grad(args, tensors, signature, out)
+                return self.run_direct(args, tensors, signature, out)
+        return self.dispatch(conform(self.spec, args), out)
+
+    def run(self, *args: Any) -> Any:
+        """Run the op on real tensors, below autograd: the implementation of torch.ops.bnb."""
+        return self.run_direct(*self._look_up(args))
+
+    def check(self, args: Tuple[Any, ...]) -> Sequence[Output]:
+        """Check arguments that are of the right Python types, and return the shape and dtype of each output."""
+        tensors = tensors_of(self.spec, args)
+        for name, tensor in tensors:
+            checks.require_dense(self.spec.name, name, tensor)
+        checks.require_one_device(self.spec.name, tensors)
+        return self.meta(*args)
+
+    def _look_up(self, args: Tuple[Any, ...], plain_only: bool = False) -> Tuple[Tuple[Any, ...], Tensors, Any]:
+        """Return the arguments as the spec has them, the tensors among them, and the call's signature.
+
+        With `plain_only` there is no signature, but None, where a tensor is not plain.
+        """
+        flat = args
+        if self._nested_at is not None and type(args[-1]) is Nested:
+            flat = args[:-1] + args[-1]
+        form = self._forms.get(tuple(map(type, flat)))
+        if form is None:
+            return self._look_up(self._add_form(args), plain_only)
+        if plain_only and not form.plain:
+            return args, (), None
+        tensors = form.tensors(flat)
+        try:
+            key: Any = (tuple(map(_describe, tensors)), form.numbers(flat))
+        except RuntimeError:  # a nested tensor has no shape; the checks will say so
+            key = None
+        signature = form.signatures.get(key)
+        if signature is None:
+            signature = _Signature(self, args, tensors)
+            if len(form.signatures) >= _MOST_SIGNATURES:
+                form.signatures.clear()
+            form.signatures[key] = signature
+        return args, tensors, signature
+
+    def _add_form(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+        args = conform(self.spec, args)
+        flat = args if self._nested_at is None or args[-1] is None else args[:-1] + args[-1]
+        self._forms.setdefault(tuple(map(type, flat)), _Form(flat, self._tensors_at))
+        return args
+
+    def _run_with_grad(self, args: Tuple[Any, ...], tensors: Tensors, signature: _Signature, out: Any) -> Any:
+        if signature.differentiable:
+            if out is not None:
+                self._refuse_out()
+            bias = args[self.bias_at] if self.bias_at is not None else None
+            return LinearFunction.apply(self, (args, tensors, signature), args[0], bias)
+        with torch.no_grad():  # what a kernel does to its arguments is no part of autograd's graph
+            return self.run_direct(args, tensors, signature, out)
+
+    def run_direct(self, args: Tuple[Any, ...], tensors: Tensors, signature: _Signature, out: Any = None) -> Any:
+        """Run the kernel of a call that has been looked up."""
+        for tensor in tensors:
+            if not tensor.is_contiguous() or tensor.is_neg():
+                args = _contiguous(args)
+                break
+        if self.check_values is not None and signature.device.type == "cpu":
             self.check_values(*args)
-        results, targets = self._allocate(outputs, first.device, out)
-        if first.device.type == "meta":
-            return self._finish(results, results)
-        if all(tensor.numel() for tensor in targets) and first.numel():
-            self._run_kernel(args, first, targets)
+        if out is None:
+            results = targets = [allocate() for allocate in signature.allocators]
         else:
+            results = check_out(self.spec, out, signature.outputs, signature.device)
+            targets = targets_for(results, tensors)
+        if signature.runs:
+            self._run_kernel(args, args[self._first_at], out=targets[0] if len(targets) == 1 else tuple(targets))
+        elif signature.device.type != "meta":
             self._run_empty(args, targets)
-        return self._finish(results, targets)
+        if out is not None:
+            store(targets, results)
+            return out
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def _run_kernel(self, args: Tuple[Any, ...], first: torch.Tensor, targets: Tuple[torch.Tensor, ...]) -> None:
-        args = self._contiguous(args)
+    def _run_kernel(self, args: Tuple[Any, ...], first: torch.Tensor, **keywords: Any) -> None:
         dtype = first.dtype if self._dtype_at is None else args[self._dtype_at]
         kernel = dispatch.resolve(self.spec, first.device, dtype, args)
-        keywords: Dict[str, Any] = {}
-        if targets:
-            keywords["out"] = targets[0] if len(targets) == 1 else targets
         if kernel.scratch is not None:
             size = kernel.scratch(Call(self.spec, args))
             keywords["scratch"] = torch.empty(size, dtype=torch.uint8, device=first.device)
-        kernel_args = args if not self._dropped else [value for i, value in enumerate(args) if i not in self._dropped]
+        kernel_args = args if self._kernel_arguments is None else self._kernel_arguments(args)
         try:
             kernel.function(*kernel_args[: kernel.arity], **keywords)
         except Exception as error:
             dispatch.note_failure(error, kernel, first.device)
             raise
 
-    def _run_empty(self, args: Tuple[Any, ...], targets: Tuple[torch.Tensor, ...]) -> None:
+    def _run_empty(self, args: Tuple[Any, ...], targets: Sequence[torch.Tensor]) -> None:
         """Fill outputs that do not depend on any element: a sum over nothing is zero, and the bias is added to it."""
         for target in targets:
             target.zero_()
-        bias = args[self._bias_at] if self._bias_at is not None else None
+        bias = args[self.bias_at] if self.bias_at is not None else None
         if bias is not None:
             targets[0].add_(bias)
 
-    # ------------------------------------------------------------------------------------------------------- arguments and outputs
+    # ------------------------------------------------------------------------------------------------------------- the dispatcher
 
-    def _tensors(self, args: Tuple[Any, ...]) -> List[Any]:
-        """List the tensors (and None for absent ones) among the arguments."""
-        if self._is_list:
-            return tensors_of(self.spec, args)
-        tensors = [args[i] for i in self._tensor_at]
-        if self._nested_at is not None and args[self._nested_at] is not None:
-            tensors.extend(args[self._nested_at][:3])
-        return tensors
-
-    def _needs_grad(self, args: Tuple[Any, ...]) -> bool:
-        if args[0].requires_grad:
-            return True
-        bias = args[self._bias_at] if self._bias_at is not None else None
-        return bias is not None and bias.requires_grad
-
-    def _check_devices(self, args: Tuple[Any, ...], device: torch.device) -> None:
-        for tensor in self._tensors(args):
-            if tensor is not None and tensor.device != device:
-                places = ", ".join(
-                    f"{p.name} on {a.device}" for p, a in zip(self.spec.parameters, args) if isinstance(a, torch.Tensor)
-                )
-                raise InvalidArgumentError(
-                    f"{self.spec.name}: tensors are on different devices ({places or f'{tensor.device} and {device}'}); "
-                    "move them to one"
-                )
-
-    def _contiguous(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        changed: Optional[List[Any]] = None
-        for i in self._tensor_at:
-            tensor = args[i]
-            if tensor is not None and not tensor.is_contiguous():
-                changed = changed or list(args)
-                changed[i] = tensor.contiguous()
-        if self._nested_at is not None:
-            nested = args[self._nested_at]
-            if nested is not None and not (nested.absmax.is_contiguous() and nested.codebook.is_contiguous()):
-                changed = changed or list(args)
-                changed[self._nested_at] = Nested(nested[0].contiguous(), nested[1].contiguous(), nested[2], nested[3])
-        return args if changed is None else tuple(changed)
-
-    def _allocate(
-        self, outputs: Sequence[Output], device: torch.device, out: Any
-    ) -> Tuple[Tuple[torch.Tensor, ...], Tuple[torch.Tensor, ...]]:
-        """Return the tensors that the caller gets, and those that the kernel fills: others where the former have gaps."""
+    def dispatch(self, args: Tuple[Any, ...], out: Any = None) -> Any:
+        """Run the op through torch, on arguments of the right Python types."""
+        tracing = torch.compiler.is_compiling()
+        if tracing or out is not None:
+            outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
+        if out is not None:
+            if torch.is_grad_enabled() and needs_gradient(self, args):
+                self._refuse_out()
+            results = check_out(self.spec, out, outputs, self.first_of(args).device)
+        flat = flatten(self.spec, args)
+        result = TransformedFunction.apply(self, *flat) if transforms_differentiate() else self.torch_op(*flat)
         if out is None:
-            results = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in outputs)
-            return results, results
-        results = out if isinstance(out, tuple) else (out,)
-        for (name, _), (shape, dtype), tensor in zip(self.spec.outputs, outputs, results):
-            if tensor.shape != torch.Size(shape) or tensor.dtype != dtype or tensor.device != device:
-                raise InvalidArgumentError(
-                    f"{self.spec.name}: out for {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                    f"it must be {dtype} {list(shape)} on {device}"
-                )
-        return results, tuple(
-            t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in results
-        )
-
-    def _finish(self, results: Tuple[torch.Tensor, ...], targets: Tuple[torch.Tensor, ...]) -> Any:
-        for result, target in zip(results, targets):
-            if result is not target:
-                result.copy_(target)
-        if not results:
-            return None
-        return results[0] if len(results) == 1 else results
-
-    def _copy_out(self, result: Any, out: Any) -> Any:
-        for target, value in zip(out if isinstance(out, tuple) else (out,), result if isinstance(result, tuple) else (result,)):
-            target.copy_(value)
+            return result
+        store(result if isinstance(result, tuple) else (result,), results)
         return out
 
-    # ------------------------------------------------------------------------------------------------------------ torch.ops.bnb
+    def first_of(self, args: Tuple[Any, ...]) -> torch.Tensor:
+        """Return the tensor that the op is dispatched by."""
+        first: torch.Tensor = args[self._first_at]
+        return first
 
-    def _register(self) -> None:
-        name = self.spec.name
-        _library.define(torch_schema(self.spec))
-        _library.impl(name, lambda *flat: self.run(*unflatten(self.spec, flat)), "CompositeExplicitAutograd")
-        _library.impl(name, self._run_meta, "Meta")
-        self._torch_op = getattr(torch.ops.bnb, name).default
-        names = [argument.name for argument in self._torch_op._schema.arguments]
-        self.flat_bias_at = names.index("bias") if "bias" in names else None
-        if self.adjoint is not None:
-            torch.library.register_autograd(
-                f"bnb::{name}", self._registered_backward, setup_context=self._registered_setup, lib=_library
-            )
-        if self.spec.outputs and hasattr(torch.library, "register_vmap"):
-            torch.library.register_vmap(f"bnb::{name}", self._vmap, lib=_library)
+    @property
+    def adjoint_op(self) -> "StructuredOp":
+        """The op that `adjoint` names."""
+        assert isinstance(self.adjoint, str)
+        return _ops[self.adjoint]
 
-    def _run_meta(self, *flat: Any) -> Any:
-        args = unflatten(self.spec, flat)
-        outputs = self.meta(*args)
-        first = args[self._device_at][0] if self._is_list else args[self._device_at]
-        results = tuple(torch.empty(shape, dtype=dtype, device=first.device) for shape, dtype in outputs)
-        return self._finish(results, results)
-
-    def _registered_setup(self, ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        _save(ctx, self, unflatten(self.spec, inputs))
-
-    def _registered_backward(self, ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
-        return _flat_gradients(ctx, self, grad, ctx.needs_input_grad)
-
-    def _vmap(self, info: Any, in_dims: Tuple[Any, ...], *flat: Any) -> Any:
-        if self._folds_batch and in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
-            return self._torch_op(flat[0].movedim(in_dims[0], 0), *flat[1:]), 0
-        rows = []
-        for i in range(info.batch_size):
-            row = [value if dim is None else value.select(dim, i) for value, dim in zip(flat, in_dims)]
-            rows.append(self._torch_op(*row))
-        if len(self.spec.outputs) == 1:
-            return torch.stack(rows), 0
-        return tuple(torch.stack(column) for column in zip(*rows)), (0,) * len(self.spec.outputs)
+    def _refuse_out(self) -> None:
+        raise InvalidArgumentError(
+            f"{self.spec.name}: out is given and an argument requires grad, but no gradient passes through out; "
+            "leave out away, or use torch.no_grad()"
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------------- derivatives
+def _contiguous(args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """Copy the tensors whose elements do not lie one after the other, or are to be read with another sign."""
 
-#: Stands for a tensor that autograd keeps.
-_SAVED = object()
+    def contiguous(value: Any) -> Any:
+        return value.contiguous().resolve_neg() if isinstance(value, torch.Tensor) else value
 
-
-def _save(ctx: Any, op: StructuredOp, args: Tuple[Any, ...]) -> None:
-    """Keep what the adjoint needs: every argument but the first and the bias."""
-    flat = flatten(op.spec, [None if i in (0, op._bias_at) else value for i, value in enumerate(args)])
-    ctx.save_for_backward(*(value for value in flat if isinstance(value, torch.Tensor)))
-    ctx.bnb_flat = [_SAVED if isinstance(value, torch.Tensor) else value for value in flat]
+    return tuple(Nested(*map(contiguous, value)) if isinstance(value, Nested) else contiguous(value) for value in args)
 
 
-def _gradients(
-    ctx: Any, op: StructuredOp, grad: torch.Tensor, needs_x: bool, needs_bias: bool
-) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    grad_bias = grad.sum_to_size(grad.shape[-1]) if needs_bias else None
-    if not needs_x:
-        return None, grad_bias
-    saved = iter(ctx.saved_tensors)
-    args = unflatten(op.spec, [next(saved) if value is _SAVED else value for value in ctx.bnb_flat])
-    values = {parameter.name: value for parameter, value in zip(op.spec.parameters, args)}
-    if callable(op.adjoint):
-        return op.adjoint(grad, **values), grad_bias
-    adjoint = _ops[op.adjoint or ""]
-    # The adjoint takes the same weight; a bias is the only parameter that it may have and the op not.
-    return adjoint(grad, *(values.get(parameter.name) for parameter in adjoint.spec.parameters[1:])), grad_bias
-
-
-class _LinearFunction(torch.autograd.Function):
-    """The derivative of an op that is linear in its first argument, for plain tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, op: StructuredOp, args: Tuple[Any, ...], x: torch.Tensor, bias: Optional[torch.Tensor]) -> Any:
-        _save(ctx, op, args)
-        ctx.bnb_op = op
-        ctx.bnb_selection = selection.current()
-        return op.run(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        _, _, needs_x, needs_bias = ctx.needs_input_grad
-        with selection.pinned(ctx.bnb_selection):  # also on autograd's own threads, which do not see `use_backend`
-            grad_x, grad_bias = _gradients(ctx, ctx.bnb_op, grads[0], needs_x, needs_bias)
-        return None, None, grad_x, grad_bias
-
-
-def _flat_gradients(ctx: Any, op: StructuredOp, grad: torch.Tensor, needs: Sequence[bool]) -> Tuple[Any, ...]:
-    """Return the gradients of all arguments of the torch schema, of which only two can have one."""
-    flat: List[Any] = [None] * len(needs)
-    needs_bias = op.flat_bias_at is not None and needs[op.flat_bias_at]
-    flat[0], grad_bias = _gradients(ctx, op, grad, needs[0], needs_bias)
-    if op.flat_bias_at is not None:
-        flat[op.flat_bias_at] = grad_bias
-    return tuple(flat)
-
-
-class _TransformedLinearFunction(torch.autograd.Function):
-    """The same under function transforms (torch.func), which registered derivatives do not support."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: StructuredOp, *flat: Any) -> Any:
-        return op._torch_op(*flat)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        op, *flat = inputs
-        _save(ctx, op, unflatten(op.spec, flat))
-        ctx.bnb_op = op
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return (None, *_flat_gradients(ctx, ctx.bnb_op, grads[0], ctx.needs_input_grad[1:]))
+def _picker(positions: Sequence[int]) -> Callable[[Tuple[Any, ...]], Tuple[Any, ...]]:
+    """Return a function that picks these positions out of a tuple: what `itemgetter` does for two and more."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda values: tuple(values[at] for at in positions)
 
 
 def structured_op(name: str) -> StructuredOp:

@@ -148,7 +148,7 @@ def _members(optimizer: "Optimizer", overrides: Dict[int, Dict[str, Any]]) -> It
         known: Dict[int, Tuple[Override, Dict[str, Any], Slots]] = {}
         for param in group["params"]:
             place += 1
-            if param.grad is None:
+            if param.grad is None or not param.numel():
                 continue
             given = overrides.get(id(param))
             if id(given) not in known:

@@ -69,7 +69,7 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
 
     Args:
         signed: one bit is a sign.
-        exponent_bits: at least 1.
+        exponent_bits: 1 to 7; with 8, the largest value would not be a float32.
         precision_bits: at least 0.
         total_bits: up to 8; the sum of the others.
 
@@ -80,10 +80,10 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
         InvalidArgumentError: the bits do not add up.
     """
     _require_bits("create_fp8_map", total_bits)
-    if exponent_bits < 1 or precision_bits < 0 or exponent_bits + precision_bits + bool(signed) != total_bits:
+    if not 1 <= exponent_bits <= 7 or precision_bits < 0 or exponent_bits + precision_bits + bool(signed) != total_bits:
         raise InvalidArgumentError(
             f"create_fp8_map: {exponent_bits} exponent and {precision_bits} precision bits{' and a sign' if signed else ''} "
-            f"do not make {total_bits}; at least one exponent bit is needed, and the sum must be total_bits"
+            f"do not make {total_bits}; there must be 1 to 7 exponent bits, and the sum must be total_bits"
         )
     bias = 2 ** (exponent_bits - 1)
     fractions = [i / 2**precision_bits for i in range(2**precision_bits)]

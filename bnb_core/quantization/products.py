@@ -259,7 +259,8 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> t
     """Return grad^T x."""
     if threshold > 0.0:
         # Outlier columns need a product in full precision, and which they are is known only on the device: all of them take it.
-        return grad.t() @ x
+        # CPUs multiply float16 slowly, or not at all in older torch.
+        return grad.t().float() @ x.float() if x.device.type == "cpu" else grad.t() @ x
     _, _, grad_codes, grad_absmax, _ = ops.int8_quantize_rows_cols(grad)
     _, _, x_codes, x_absmax, _ = ops.int8_quantize_rows_cols(x)
     product = ops.int8_matmul(grad_codes.t(), x_codes.t())

@@ -116,6 +116,16 @@ def test_a_broken_backend_that_was_chosen_raises_from_its_cause(site, add):
         assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_broken_last_resort_is_reported_too(site, add, ran, caplog):
+    site.plugin("reference", "bnb-reference", source="import no_such_module")
+    add("other", mark=4)
+    backends.set_backend("other")
+    assert [ran(), ran(blocksize=128)] == [4, 4]
+    assert logged(caplog, logging.WARNING) == [
+        "backend 'reference' (bnb-reference 1.0) failed to import: ModuleNotFoundError: No module named 'no_such_module'"
+    ]
+
+
 def test_ctrl_c_while_importing_passes_and_the_next_use_tries_again(site, monkeypatch):
     site.plugin("stubborn", source="import os\nif os.environ.get('INTERRUPT'): raise KeyboardInterrupt\n" + _minimal("stubborn"))
     monkeypatch.setenv("INTERRUPT", "1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bnb_core import backends, ops
-from bnb_core.backends import Backend, BackendFallbackWarning, Fallback, Support, dispatch, fallbacks, use_backend
-from bnb_core.errors import BackendDefinitionError, OpNotSupportedError
+from bnb_core.backends import YES, Backend, BackendFallbackWarning, Fallback, Support, dispatch, fallbacks, use_backend
+from bnb_core.errors import BackendDefinitionError, BackendNotFoundError, InvalidArgumentError, OpNotSupportedError
 from bnb_core.ops.spec import OPS, Parameter
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,8 +96,10 @@ def test_without_reference_too_every_refusal_is_listed(add, ran):
 def test_going_along_a_list_that_was_asked_for_is_no_fallback(add, ran):
     add("neon", mark=1)
     add("other", mark=2, dtypes=ALL)
-    with use_backend("neon", "other"):
-        assert ran(torch.float16) == 2
+    add("careful", mark=3, dtypes=ALL, when=lambda call: YES)
+    for second, mark in (("other", 2), ("careful", 3)):
+        with use_backend("neon", second):
+            assert ran(torch.float16) == mark
     assert fallbacks() == {}
 
 
@@ -200,6 +202,19 @@ def test_the_note_names_the_installed_package(site, ran):
     with pytest.raises(ZeroDivisionError) as caught:
         ran()
     assert caught.value.__notes__ == ["quantize_4bit failed in backend 'neon' (bnb-cpu-neon 0.3.1) on cpu"]
+
+
+def test_kernels_never_see_empty_or_meta_tensors():
+    empty = ops.quantize_4bit(torch.zeros(0, 3), torch.zeros(16), 64)
+    meta = ops.quantize_4bit(torch.zeros(70, device="meta"), torch.zeros(16, device="meta"), 64)
+    assert [tuple(out.shape) for out in (*empty, *meta)] == [(0,), (0,), (35,), (2,)]
+    with pytest.raises(BackendNotFoundError):
+        ops.quantize_4bit(*ARGUMENTS)
+
+
+def test_a_mix_of_devices_is_refused_before_a_backend_is_looked_for():
+    with pytest.raises(InvalidArgumentError, match="x on cpu, codebook on meta"):
+        ops.quantize_4bit(torch.zeros(4), torch.zeros(16, device="meta"), 64)
 
 
 # ---------------------------------------------------------------------------------------------------- a later minor version

@@ -17,11 +17,17 @@ def test_error_is_at_most_half_a_step(dtype, shape, blocksize):
     before = x.clone()
     codes, state = F.quantize_blockwise(x, blocksize=blocksize)
     assert torch.equal(x, before)
-    assert codes.shape == x.shape and codes.dtype == torch.uint8
-    assert state.absmax.shape == (-(-x.numel() // blocksize),) and state.absmax.dtype == torch.float32
-    assert state.shape is None and state.quant_type is None and state.dtype == dtype and state.blocksize == blocksize
+    assert codes.shape == x.shape
+    assert codes.dtype == torch.uint8
+    assert state.absmax.shape == (-(-x.numel() // blocksize),)
+    assert state.absmax.dtype == torch.float32
+    assert state.shape is None
+    assert state.quant_type is None
+    assert state.dtype == dtype
+    assert state.blocksize == blocksize
     y = F.dequantize_blockwise(codes, state)
-    assert y.dtype == dtype and y.shape == x.shape
+    assert y.dtype == dtype
+    assert y.shape == x.shape
     steps = state.code.double().diff().max() / 2 + 2**-8  # and half a unit in the last place of bfloat16
     scales = state.absmax.double().repeat_interleave(blocksize)[: x.numel()].view(shape)
     assert ((y.double() - x.double()).abs() <= steps * scales).all()
@@ -29,7 +35,8 @@ def test_error_is_at_most_half_a_step(dtype, shape, blocksize):
 
 def test_defaults_are_those_of_bitsandbytes():
     codes, state = F.quantize_blockwise(torch.randn(5000))
-    assert state.blocksize == 4096 and not state.nested
+    assert state.blocksize == 4096
+    assert not state.nested
     assert torch.equal(state.code, F.create_dynamic_map())
     assert torch.equal(F.dequantize_blockwise(codes, absmax=state.absmax), F.dequantize_blockwise(codes, state))
 
@@ -40,7 +47,8 @@ def test_nested_scales(dtype):
     plain_codes, plain = F.quantize_blockwise(x, blocksize=100)
     codes, state = F.quantize_blockwise(x, blocksize=100, nested=True)
     assert torch.equal(codes, plain_codes), "the codes do not depend on how the scales are kept"
-    assert state.absmax.dtype == torch.uint8 and state.state2.blocksize == 100
+    assert state.absmax.dtype == torch.uint8
+    assert state.state2.blocksize == 100
     assert state.offset == plain.absmax.double().mean().float()
     scales = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
     assert (scales - plain.absmax).abs().max() <= 0.01 * plain.absmax.max()
@@ -56,8 +64,10 @@ def test_given_outputs_are_filled(nested):
     out = torch.full((41, 7), 9, dtype=torch.uint8).t()
     absmax = torch.zeros(5, dtype=torch.uint8 if nested else torch.float32)
     result, filled = F.quantize_blockwise(x, absmax=absmax, out=out, blocksize=64, nested=nested)
-    assert result is out and torch.equal(out, codes)
-    assert filled.absmax is absmax and torch.equal(absmax, state.absmax)
+    assert result is out
+    assert torch.equal(out, codes)
+    assert filled.absmax is absmax
+    assert torch.equal(absmax, state.absmax)
     y = torch.full((41, 7), float("nan")).t()
     assert F.dequantize_blockwise(codes, state, out=y) is y
     assert torch.equal(y, F.dequantize_blockwise(codes, state))
@@ -75,19 +85,23 @@ def test_custom_codebooks_may_come_in_any_order():
     code[:2] = torch.tensor([-1.0, 1.0])
     x = torch.randn(1000)
     codes, state = F.quantize_blockwise(x, code=code, blocksize=100)
-    assert torch.equal(state.code, code) and state.code is not code
+    assert torch.equal(state.code, code)
+    assert state.code is not code
     scaled = x.view(10, 100) / state.absmax[:, None]
     nearest = (scaled.double()[..., None] - code.double()).abs().min(-1).values
     chosen = (scaled.double() - code.double()[codes.view(10, 100).long()]).abs()
     assert ((chosen - nearest) <= 1e-6).all()
-    assert torch.equal(F.dequantize_blockwise(codes, absmax=state.absmax, code=code, blocksize=100), F.dequantize_blockwise(codes, state))
+    assert torch.equal(
+        F.dequantize_blockwise(codes, absmax=state.absmax, code=code, blocksize=100), F.dequantize_blockwise(codes, state)
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
 def test_nothing_to_quantize(shape, nested):
     codes, state = F.quantize_blockwise(torch.empty(shape), nested=nested)
-    assert codes.shape == shape and state.absmax.numel() == 0
+    assert codes.shape == shape
+    assert state.absmax.numel() == 0
     assert F.dequantize_blockwise(codes, state).shape == shape
 
 
@@ -95,7 +109,8 @@ def test_strided_input_is_taken_in_row_major_order():
     x = torch.randn(40, 30)
     codes, state = F.quantize_blockwise(x.t(), blocksize=64)
     expected, expected_state = F.quantize_blockwise(x.t().contiguous(), blocksize=64)
-    assert torch.equal(codes, expected) and state == expected_state
+    assert torch.equal(codes, expected)
+    assert state == expected_state
     assert torch.equal(F.dequantize_blockwise(codes.t(), absmax=torch.ones(1)), state.code[codes.t().long()])
 
 
@@ -115,7 +130,8 @@ def test_not_finite_values_stay_in_their_block(value):
     assert torch.equal(codes.view(4, 64)[others], clean.view(4, 64)[others])
     assert torch.equal(state.absmax[others], clean_state.absmax[others])
     expected = torch.tensor(abs(value))
-    assert torch.equal(state.absmax[1:2].isnan(), expected.isnan().view(1)) and (value != value or state.absmax[1] == expected)
+    assert torch.equal(state.absmax[1:2].isnan(), expected.isnan().view(1))
+    assert value != value or state.absmax[1] == expected
     zero = F.quantize_blockwise(torch.zeros(1))[0]
     assert (codes[64:128] == zero).all(), "0 is what finite / inf and NaN quantize to"
 

@@ -23,11 +23,13 @@ def test_error_is_at_most_half_a_step(dtype, quant_type, nested, blocksize, shap
     packed, state = F.quantize_4bit(x, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type)
     n, blocksize = x.numel(), blocksize or 64
     assert torch.equal(x, before)
-    assert packed.shape == ((n + 1) // 2, 1) and packed.dtype == torch.uint8
+    assert packed.shape == ((n + 1) // 2, 1)
+    assert packed.dtype == torch.uint8
     assert state.absmax.shape == (-(-n // blocksize),)
     assert (state.shape, state.dtype, state.blocksize, state.quant_type) == (x.shape, dtype, blocksize, quant_type)
     y = F.dequantize_4bit(packed, state)
-    assert y.dtype == dtype and y.shape == x.shape
+    assert y.dtype == dtype
+    assert y.shape == x.shape
     scales = state.absmax
     if nested:
         scales = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -48,7 +50,8 @@ def test_defaults_are_those_of_bitsandbytes():
     ):
         packed, state = quantize(x, compress_statistics=True)
         expected, expected_state = F.quantize_4bit(x, quant_type=quant_type, compress_statistics=True)
-        assert torch.equal(packed, expected) and state == expected_state
+        assert torch.equal(packed, expected)
+        assert state == expected_state
         assert torch.equal(dequantize(packed, state), F.dequantize_4bit(expected, expected_state))
 
 
@@ -64,7 +67,8 @@ def test_storage_dtype_only_reinterprets_the_bytes(dtype, nested):
     x = torch.randn(32, 33)
     expected, _ = F.quantize_4bit(x, compress_statistics=nested)
     stored, state = F.quantize_4bit(x, compress_statistics=nested, quant_storage=dtype)
-    assert stored.dtype == dtype and stored.shape == (528 // stored.element_size(), 1)
+    assert stored.dtype == dtype
+    assert stored.shape == (528 // stored.element_size(), 1)
     assert torch.equal(layout.as_bytes(stored), expected.view(-1))
     y = F.dequantize_4bit(expected, state)
     assert torch.equal(F.dequantize_4bit(stored, state), y)
@@ -81,8 +85,10 @@ def test_given_outputs_are_filled(nested):
     out = torch.full((68, 2), 9, dtype=torch.uint8)[:, :1]
     absmax = torch.zeros(3, dtype=torch.uint8 if nested else torch.float32)
     result, filled = F.quantize_nf4(x, absmax=absmax, out=out, compress_statistics=nested)
-    assert result is out and torch.equal(out, packed)
-    assert filled.absmax is absmax and torch.equal(absmax, state.absmax)
+    assert result is out
+    assert torch.equal(out, packed)
+    assert filled.absmax is absmax
+    assert torch.equal(absmax, state.absmax)
     y = torch.full((15, 9), float("nan")).t()
     assert F.dequantize_nf4(packed, state, out=y) is y
     assert torch.equal(y, F.dequantize_nf4(packed, state))
@@ -110,16 +116,19 @@ def test_a_row_of_codes_gives_the_transposed_result():
 
 def test_a_single_byte_is_no_row():
     packed, state = F.quantize_nf4(torch.randn(1, 2))
-    assert packed.shape == (1, 1) and F.dequantize_4bit(packed, state).shape == (1, 2)
+    assert packed.shape == (1, 1)
+    assert F.dequantize_4bit(packed, state).shape == (1, 2)
     stored, state = F.quantize_nf4(torch.randn(2, 4), quant_storage=torch.float32)
-    assert stored.shape == (1, 1) and F.dequantize_4bit(stored, state).shape == (2, 4)
+    assert stored.shape == (1, 1)
+    assert F.dequantize_4bit(stored, state).shape == (2, 4)
 
 
 @nested_or_not
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
 def test_nothing_to_quantize(shape, nested):
     packed, state = F.quantize_4bit(torch.empty(shape), compress_statistics=nested)
-    assert packed.shape == (0, 1) and state.absmax.numel() == 0
+    assert packed.shape == (0, 1)
+    assert state.absmax.numel() == 0
     assert not nested or state.offset == 0
     assert F.dequantize_4bit(packed, state).shape == shape
 
@@ -128,7 +137,8 @@ def test_strided_input_is_taken_in_row_major_order():
     x = torch.randn(40, 30)
     packed, state = F.quantize_nf4(x.t())
     expected, expected_state = F.quantize_nf4(x.t().contiguous())
-    assert torch.equal(packed, expected) and state == expected_state
+    assert torch.equal(packed, expected)
+    assert state == expected_state
     strided = torch.stack([packed, packed], 1)[:, 0]
     assert not strided.is_contiguous()
     assert torch.equal(F.dequantize_4bit(strided, state), F.dequantize_4bit(packed, state))
@@ -155,8 +165,10 @@ def test_not_finite_values_stay_in_their_block(value):
     packed, state = F.quantize_nf4(x)
     y = F.dequantize_4bit(packed, state)
     clean = F.dequantize_4bit(*F.quantize_nf4(torch.cat([x[:64], torch.zeros(64), x[128:]])))
-    assert torch.equal(y[:64], clean[:64]) and torch.equal(y[128:], clean[128:])
-    assert (packed.view(3, 32)[1] == 0x77).all() and y[64:128].isnan().all(), "0 times a scale that is inf or NaN"
+    assert torch.equal(y[:64], clean[:64])
+    assert torch.equal(y[128:], clean[128:])
+    assert (packed.view(3, 32)[1] == 0x77).all()
+    assert y[64:128].isnan().all(), "0 times a scale that is inf or NaN"
 
 
 x = torch.randn(10, 7)

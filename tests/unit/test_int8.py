@@ -17,13 +17,15 @@ def test_rows_are_quantized_to_the_nearest_code(dtype, shape):
     codes, absmax, outliers = F.int8_vectorwise_quant(x)
     assert torch.equal(x, before)
     assert outliers is None
-    assert codes.dtype == torch.int8 and codes.shape == x.shape
+    assert codes.dtype == torch.int8
+    assert codes.shape == x.shape
     rows = x.reshape(-1, shape[-1]).double()
     assert torch.equal(absmax.double(), rows.abs().amax(1))
     exact = rows * (127 / absmax.double())[:, None]
     assert ((codes.view(rows.shape) - exact).abs() <= 0.50001).all()
     y = F.int8_vectorwise_dequant(codes, absmax)
-    assert y.dtype == torch.float32 and y.shape == x.shape
+    assert y.dtype == torch.float32
+    assert y.shape == x.shape
     assert ((y.view(rows.shape).double() - rows).abs() <= 0.50001 / 127 * absmax.double()[:, None]).all()
 
 
@@ -33,7 +35,8 @@ def test_outlier_columns_are_left_out():
     before = x.clone()
     codes, absmax, outliers = F.int8_vectorwise_quant(x, threshold=6.0)
     assert torch.equal(x, before)
-    assert outliers.dtype == torch.int64 and outliers.tolist() == [1, 7]
+    assert outliers.dtype == torch.int64
+    assert outliers.tolist() == [1, 7]
     assert (codes[:, outliers] == 0).all()
     assert torch.equal(absmax, x.masked_fill(x.abs() >= 6, 0).abs().amax(1))
     assert (codes[:, [0, 2, 3]] != 0).any()
@@ -53,10 +56,13 @@ def test_double_quant_is_by_rows_and_by_columns(dtype):
     x[2, 7] = 8.0
     by_row, by_col, row_absmax, col_absmax, outliers = F.int8_double_quant(x, threshold=6.0)
     expected = F.int8_vectorwise_quant(x, threshold=6.0)
-    assert torch.equal(by_row, expected[0]) and torch.equal(row_absmax, expected[1]) and torch.equal(outliers, expected[2])
+    assert torch.equal(by_row, expected[0])
+    assert torch.equal(row_absmax, expected[1])
+    assert torch.equal(outliers, expected[2])
     inliers = x.masked_fill(x.abs() >= 6, 0)
     codes, absmax, _ = F.int8_vectorwise_quant(inliers.t().contiguous())
-    assert torch.equal(by_col, codes.t()) and torch.equal(col_absmax, absmax)
+    assert torch.equal(by_col, codes.t())
+    assert torch.equal(col_absmax, absmax)
 
 
 def test_double_quant_fills_given_outputs():
@@ -70,7 +76,8 @@ def test_double_quant_fills_given_outputs():
     }
     results = F.int8_double_quant(x, **given)
     for name, result, value in zip(given, results, expected):
-        assert result is given[name] and torch.equal(result, value)
+        assert result is given[name]
+        assert torch.equal(result, value)
 
 
 @pytest.mark.parametrize("K", [1, 64, 4096])
@@ -94,7 +101,8 @@ def test_products_are_scaled(dtype, bias_dtype):
     bias = None if bias_dtype is None else torch.randn(6).to(bias_dtype)
     out = None if dtype is None else torch.zeros(2, 4, 6, dtype=dtype)
     y = F.int8_mm_dequant(product, rows, cols, out=out, bias=bias)
-    assert y.dtype == (dtype or torch.float16) and (out is None or y is out)
+    assert y.dtype == (dtype or torch.float16)
+    assert out is None or y is out
     exact = product.double() * rows.double().view(2, 4, 1) * cols.double() / 127**2
     exact = exact if bias is None else exact + bias.double()
     eps = torch.finfo(y.dtype).eps
@@ -104,7 +112,8 @@ def test_products_are_scaled(dtype, bias_dtype):
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,)])
 def test_nothing_to_quantize(shape):
     codes, absmax, outliers = F.int8_vectorwise_quant(torch.empty(shape), threshold=1.0)
-    assert codes.shape == shape and outliers.shape == (0,)
+    assert codes.shape == shape
+    assert outliers.shape == (0,)
     assert torch.equal(absmax, torch.zeros(torch.Size(shape[:-1]).numel()))
     assert F.int8_vectorwise_dequant(codes, absmax).shape == shape
     assert F.int8_linear_matmul(codes, torch.ones(3, shape[-1], dtype=torch.int8)).shape == (*shape[:-1], 3)
@@ -112,9 +121,10 @@ def test_nothing_to_quantize(shape):
 
 def test_not_finite_values_get_code_0():
     x = torch.tensor([[1.0, float("nan")], [float("inf"), 1.0]])
-    codes, absmax, outliers = F.int8_vectorwise_quant(x)
+    codes, absmax, _ = F.int8_vectorwise_quant(x)
     assert codes.tolist() == [[0, 0], [0, 0]]
-    assert absmax[0].isnan() and absmax[1].isinf()
+    assert absmax[0].isnan()
+    assert absmax[1].isinf()
     assert F.int8_vectorwise_quant(x, threshold=6.0)[2].tolist() == [0]
 
 

@@ -79,7 +79,8 @@ def test_matmul_4bit_fills_a_given_output(grad, nested):
         assert torch.equal(filled, x.grad)
     else:
         y = torch.zeros(5, 48)
-        assert F.gemv_4bit(x, packed, out=y, state=state) is y and torch.equal(y, expected)
+        assert F.gemv_4bit(x, packed, out=y, state=state) is y
+        assert torch.equal(y, expected)
 
 
 @dtypes
@@ -91,7 +92,7 @@ def test_transposed_weights_warn_and_work(dtype, nested):
     with pytest.warns(DeprecationWarning, match=r"\[33, 48\].*Re-quantize from the weight"):
         product = bnb.matmul_4bit(x.detach(), packed, state)
     assert_product(product, x, weight.t())
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="Re-quantize"):
         y = bnb.matmul_4bit(x, packed, state, bias=bias)
     assert torch.equal(y, product + bias)
     g = torch.randn(2, 5, 48).to(dtype)
@@ -99,7 +100,7 @@ def test_transposed_weights_warn_and_work(dtype, nested):
     assert_product(x.grad, g, weight)
     assert torch.equal(bias.grad, g.view(-1, 48).sum(0))
     out = torch.empty(2, 5, 48, dtype=dtype)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="Re-quantize"):
         assert bnb.matmul_4bit(x.detach(), packed, state, out, bias.detach()) is out
     assert torch.equal(out, y.detach())
 
@@ -166,7 +167,7 @@ def test_bad_4bit_arguments_are_refused(call, message):
 
 def test_transposed_weights_check_their_bias_too():
     packed, state, _ = quantized((33, 48))
-    with pytest.warns(DeprecationWarning), pytest.raises(InvalidArgumentError, match="bias"):
+    with pytest.warns(DeprecationWarning, match="Re-quantize"), pytest.raises(InvalidArgumentError, match="bias"):
         bnb.matmul_4bit(x, packed, state, bias=torch.ones(33))
 
 
@@ -202,13 +203,15 @@ def test_matmul(dtype, threshold, batch):
     bias = torch.randn(24).to(dtype)
     y = bnb.matmul(x, state.CB, state=state, bias=bias)
     assert torch.equal(x, before)
-    assert y.dtype == dtype and y.shape == (*batch, 24)
+    assert y.dtype == dtype
+    assert y.shape == (*batch, 24)
     exact = int8_oracle(x, state, bias)
     assert ((y.double() - exact).abs() <= UNIT[dtype] * (exact.abs() + 40)).all()
     if threshold:
         expected = F.int8_vectorwise_quant(x.reshape(-1, 40), threshold)[2]
         assert 7 in expected
-        assert state.idx.dtype == torch.int64 and torch.equal(state.idx, expected)
+        assert state.idx.dtype == torch.int64
+        assert torch.equal(state.idx, expected)
     else:
         assert state.idx is None
 
@@ -287,7 +290,8 @@ def test_only_the_gradients_that_are_needed():
     frozen = weight.detach()
     x.requires_grad_()
     bnb.matmul(x, frozen).sum().backward()
-    assert x.grad is not None and frozen.grad is None
+    assert x.grad is not None
+    assert frozen.grad is None
     with torch.no_grad():
         assert not bnb.matmul(x, weight).requires_grad
 
@@ -323,7 +327,8 @@ def test_matmul_fills_a_given_output(grad):
     weight = torch.nn.Parameter(torch.randn(4, 8))
     out = torch.empty(3, 4)
     bnb.matmul(x, weight, out=out).sum().backward()
-    assert torch.equal(out, bnb.matmul(x, weight)) and weight.grad is not None
+    assert torch.equal(out, bnb.matmul(x, weight))
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -360,7 +365,9 @@ def test_state_defaults_are_those_of_bitsandbytes():
 def test_reset_grads_forgets_the_weight():
     state = inference_state(torch.randn(4, 8), threshold=3.0)
     state.reset_grads()
-    assert state.CB is None and state.SCB is None and state.threshold == 3.0
+    assert state.CB is None
+    assert state.SCB is None
+    assert state.threshold == 3.0
 
 
 @pytest.mark.parametrize("name", ["CxB", "CxBt", "formatB", "_tile_indices"])
@@ -387,7 +394,9 @@ def test_states_are_copied_and_pickled():
     state = inference_state(torch.randn(4, 8), threshold=0.5)
     bnb.matmul(torch.randn(3, 8), state.CB, state=state)
     for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
-        assert torch.equal(other.CB, state.CB) and torch.equal(other.idx, state.idx) and other.threshold == 0.5
+        assert torch.equal(other.CB, state.CB)
+        assert torch.equal(other.idx, state.idx)
+        assert other.threshold == 0.5
 
 
 def test_backward_runs_where_forward_ran():

@@ -43,29 +43,39 @@ packed_or_not = pytest.mark.parametrize("packed", [False, True], ids=["dict", "p
 def test_attributes(nested):
     state = make_state(nested)
     blocks = -(-13 * 21 // 32)
-    assert state.shape == torch.Size([13, 21]) and state.dtype == torch.float32
-    assert state.blocksize == 32 and state.quant_type == "nf4" and state.nested is nested
+    assert state.shape == torch.Size([13, 21])
+    assert state.dtype == torch.float32
+    assert state.blocksize == 32
+    assert state.quant_type == "nf4"
+    assert state.nested is nested
     assert state.absmax.shape == (blocks,)
     assert state.absmax.dtype == (torch.uint8 if nested else torch.float32)
     if nested:
-        assert state.offset.shape == () and state.offset.dtype == torch.float32
-        assert state.state2.absmax.shape == (1,) and state.state2.blocksize == 256
-        assert state.state2.code.shape == (256,) and state.state2.dtype == torch.float32
+        assert state.offset.shape == ()
+        assert state.offset.dtype == torch.float32
+        assert state.state2.absmax.shape == (1,)
+        assert state.state2.blocksize == 256
+        assert state.state2.code.shape == (256,)
+        assert state.state2.dtype == torch.float32
     else:
-        assert state.offset is None and state.state2 is None
+        assert state.offset is None
+        assert state.state2 is None
 
 
 def test_nested_statistics_are_the_ops_argument():
     assert make_state().nested_statistics is None
     state = make_state(nested=True)
     nested = state.nested_statistics
-    assert isinstance(nested, Nested) and nested.blocksize == 256
-    assert nested.absmax is state.state2.absmax and nested.codebook is state.state2.code and nested.offset is state.offset
+    assert isinstance(nested, Nested)
+    assert nested.blocksize == 256
+    assert nested.absmax is state.state2.absmax
+    assert nested.codebook is state.state2.code
+    assert nested.offset is state.offset
     state.offset = state.offset.to(torch.bfloat16)  # as a model cast as a whole has it
     assert state.nested_statistics.offset.dtype == torch.float32
     state.offset = None
     with pytest.raises(InvalidArgumentError, match="offset is None"):
-        state.nested_statistics
+        _ = state.nested_statistics
 
 
 def test_statistics_can_be_flattened_by_hand():
@@ -79,8 +89,11 @@ def test_statistics_can_be_flattened_by_hand():
 @nested_or_not
 def test_list_layout(nested):
     state = make_state(nested)
-    assert state[0] is state.absmax and state[1] == state.shape and state[2] == state.dtype
-    assert state[3] == 32 and state[5] == state[-1] == "nf4"
+    assert state[0] is state.absmax
+    assert state[1] == state.shape
+    assert state[2] == state.dtype
+    assert state[3] == 32
+    assert state[5] == state[-1] == "nf4"
     assert state[4] == ([state.offset, state.state2] if nested else None)
     assert len(state[:]) == 6
     with pytest.raises(IndexError):
@@ -91,7 +104,9 @@ def test_list_layout(nested):
 def test_equality(nested):
     state = make_state(nested)
     assert state == copy.deepcopy(state)
-    assert state != make_state(nested, "fp4") and state != make_state(nested, shape=(21, 13)) and state != "nf4"
+    assert state != make_state(nested, "fp4")
+    assert state != make_state(nested, shape=(21, 13))
+    assert state != "nf4"
     assert make_state(True) != make_state(False)
     other = copy.deepcopy(state)
     other.absmax = other.absmax[:-1]

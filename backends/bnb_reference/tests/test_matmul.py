@@ -1,4 +1,4 @@
-"""Products with 4-bit weights: each element within the documented bound of the float64 product."""
+"""Products with 4-bit weights: each element close to the float64 product, by a bound that holds for adversarial inputs."""
 
 import pytest
 import torch
@@ -11,11 +11,14 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 
 def check(y, x, w, bias=None):
-    """Compare y with x w^T + bias in float64: |error| <= u |y| + (u + 2^-24 K) sum |x||w|."""
+    """Compare y with x w^T + bias in float64: |error| <= u |y| + 2^-24 (1 + K) sum |x||w|.
+
+    That is what every backend must reach in float32; this one computes in float32 whatever the dtype, and rounds at the end.
+    """
     x, w = x.double(), w.double()
     exact = x @ w.t() if bias is None else x @ w.t() + bias.double()
     u = ROUNDOFF[y.dtype]
-    bound = u * exact.abs() + (u + 2.0**-24 * x.shape[-1]) * (x.abs() @ w.abs().t())
+    bound = u * exact.abs() + 2.0**-24 * (1 + x.shape[-1]) * (x.abs() @ w.abs().t())
     error = (y.double() - exact).abs()
     assert y.shape == exact.shape
     assert (error <= bound).all(), f"{(error / bound).max()} times the bound"
@@ -110,7 +113,7 @@ def grouped(experts, N, K, codebook, nested, blocksize=64):
         # Groups of 5 scales, so that some span two experts.
         absmax = torch.randint(0, 256, absmax.shape, dtype=torch.uint8)
         statistics = Nested(torch.rand(-(-absmax.numel() // 5)), torch.linspace(-1, 1, 256), torch.tensor(1.3), 5)
-        group = torch.arange(absmax.numel()) // 5
+        group = torch.div(torch.arange(absmax.numel()), 5, rounding_mode="floor")
         product = statistics.codebook[absmax.view(-1).long()] * statistics.absmax[group]
         scales = (product + statistics.offset).view(absmax.shape)
     weights = [ops.dequantize_4bit(p, a, codebook, blocksize, (N, K), torch.float32) for p, a in zip(packed, scales)]

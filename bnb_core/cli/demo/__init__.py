@@ -19,9 +19,9 @@ import click
 @click.option(
     "--model",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Compare the formats on this local transformers checkpoint, an encoder or a causal language model, instead of the built-in models.",
+    help="Compare the formats on this local transformers checkpoint (encoder or causal language model) instead.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Training steps with each optimizer.  [default: 800, or 60 with --quick]")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps with each optimizer.  [default: 600, or 60 with --quick]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights, the batches and the sampled text.")
 @click.option("--device", help="Where to run, such as cpu or cuda:0.  [default: cuda if there is one, otherwise cpu]")
 @click.option("--quick", is_flag=True, help="Train and measure less, to see everything once in a few seconds.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from bnb_core.cli.demo.attention import attend, split_heads
 
@@ -29,7 +29,7 @@ class _Block(nn.Module):
         y = self.attention_norm(x)
         query, key, value = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
         x = x + self.joined(attend(_rotate(query, rotation), _rotate(key, rotation), value, mask))
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
 
 
 class CharGPT(nn.Module):
@@ -50,9 +50,11 @@ class CharGPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, characters, bias=False)
         self.apply(_initialize)
-        for block in self.blocks:
-            for residual in (block.joined, block.down):  # two additions a block: keep the sum of all near unit size
-                residual.weight.data /= (2 * layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith(("joined.weight", "down.weight")):  # two additions a block: keep the sum of all near unit size
+                parameter.data /= (2 * layers) ** 0.5
+        self.rotation: torch.Tensor
+        self.mask: torch.Tensor
         self.register_buffer("rotation", _rotations(context, width // heads), persistent=False)
         self.register_buffer("mask", torch.full((context, context), -torch.inf).triu(1), persistent=False)
 
@@ -65,8 +67,12 @@ class CharGPT(nn.Module):
         return self.lm_head(self.norm(x))
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the mean negative log-likelihood, in nats, of every character but the first of i64[batch, length <= context + 1]."""
-        return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        """Return the mean negative log-likelihood of a character, in nats.
+
+        Args:
+            windows: i64[batch, length <= context + 1], of which all characters but the first are predicted.
+        """
+        return functional.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the output layer, under the name that transformers gives it."""

@@ -10,9 +10,10 @@ from typing import Any, Iterator, Sequence, Union
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
+from bnb_core.cli.demo.formats import replace_layer
 from bnb_core.cli.demo.text import language_reference
 
 #: Held-out text for a language model: windows of this many tokens, or of its own maximum if that is less.
@@ -59,7 +60,7 @@ class EncoderCheckpoint(Checkpoint):
         """Return f32[sentences, width], of length 1 each."""
         hidden = model(**inputs).last_hidden_state.float()
         present = inputs["attention_mask"][..., None]
-        return F.normalize((hidden * present).sum(1) / present.sum(1), dim=-1)
+        return functional.normalize((hidden * present).sum(1) / present.sum(1), dim=-1)
 
 
 class LanguageCheckpoint(Checkpoint):
@@ -80,7 +81,7 @@ class LanguageCheckpoint(Checkpoint):
     def loss(self, model: Any, windows: torch.Tensor) -> torch.Tensor:
         """Return the mean negative log-likelihood of a token, in nats."""
         logits = model(input_ids=windows).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     def generate(self, model: Any) -> str:
         """Continue a prompt with the likeliest tokens."""
@@ -104,12 +105,16 @@ def open_checkpoint(folder: Path, device: torch.device) -> Union[EncoderCheckpoi
     if importlib.util.find_spec("transformers") is None:
         raise click.ClickException("--model reads checkpoints with transformers, which is not installed; pip install transformers")
     if not (folder / "config.json").is_file():
-        raise click.ClickException(f"{folder} has no config.json, so it is no transformers checkpoint; pass a folder that save_pretrained() wrote")
+        raise click.ClickException(
+            f"{folder} has no config.json, so it is no transformers checkpoint; pass a folder that save_pretrained() wrote"
+        )
     with _explained(folder, "configuration"):
         config = _transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
     architectures = " ".join(config.architectures or ())
     if config.is_encoder_decoder:
-        raise click.ClickException(f"{folder} holds an encoder-decoder ({architectures}); pass an encoder or a causal language model")
+        raise click.ClickException(
+            f"{folder} holds an encoder-decoder ({architectures}); pass an encoder or a causal language model"
+        )
     kind = LanguageCheckpoint if "ForCausalLM" in architectures or "LMHeadModel" in architectures else EncoderCheckpoint
     return kind(folder, config, device)
 
@@ -137,10 +142,9 @@ def _replace_transposed_linears(model: nn.Module) -> None:
     """Put an `nn.Linear` in the place of each `Conv1D`, which is what GPT-2 calls a linear layer with a transposed weight."""
     from transformers.pytorch_utils import Conv1D
 
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Conv1D):
-                linear = nn.Linear(*layer.weight.shape, bias=layer.bias is not None, dtype=layer.weight.dtype)
-                linear.weight.data = layer.weight.data.T.contiguous()
-                linear.bias = layer.bias
-                setattr(parent, name, linear)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Conv1D):
+            linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device="meta")
+            linear.weight = nn.Parameter(layer.weight.data.T.contiguous())
+            linear.bias = layer.bias
+            replace_layer(model, name, linear)

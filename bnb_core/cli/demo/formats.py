@@ -10,6 +10,7 @@ from torch import nn
 
 import bnb_core as bnb
 from bnb_core.cli.demo.memory import storage_bytes
+from bnb_core.errors import InvalidArgumentError
 
 #: Features whose magnitude reaches this stay in floating point; the value of the LLM.int8() paper (arXiv 2208.07339).
 INT8_THRESHOLD = 6.0
@@ -67,20 +68,25 @@ QUANTIZED = (
 )
 
 
-def in_each_format(
-    load: Callable[[], nn.Module], device: torch.device
-) -> Iterator[Tuple[nn.Module, FormatResult]]:
+def in_each_format(load: Callable[[], nn.Module], device: torch.device) -> Iterator[Tuple[nn.Module, FormatResult]]:
     """Yield the model as it is loaded, then in each format of `QUANTIZED`.
 
     Args:
         load: returns the model on the CPU, as new each time, so that no two have to be in memory. The layer that its
             `get_output_embeddings`, if it has one, returns is left alone, as is usual: nothing after it absorbs its errors.
         device: where the models are yielded.
+
+    Raises:
+        InvalidArgumentError: the model has no layer to quantize.
     """
     for form in (None, *QUANTIZED):
         model = load()
         output = getattr(model, "get_output_embeddings", lambda: None)()
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
+        if not names:
+            raise InvalidArgumentError(
+                f"{type(model).__name__} has no nn.Linear besides its output layer: there is nothing to quantize"
+            )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if form is None:
             key = label = _dtype_name(model)
@@ -102,8 +108,14 @@ def _dtype_name(model: nn.Module) -> str:
 def _quantize(model: nn.Module, names: List[str], form: Format, device: torch.device) -> None:
     """Quantize the layers of these names one after the other, so that the model only ever shrinks."""
     for name in names:
-        parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         quantized = form.quantize(linear)
         quantized.bias = linear.bias
-        setattr(model.get_submodule(parent), child, quantized.to(device))
+        replace_layer(model, name, quantized.to(device))
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

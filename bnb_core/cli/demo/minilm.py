@@ -12,8 +12,8 @@ from typing import Any, Dict, Sequence
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from bnb_core.cli.demo.attention import attend, split_heads
 
@@ -55,7 +55,7 @@ class _Layer(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(project(x), self.heads) for project in (self.query, self.key, self.value))
         x = self.attention_norm(x + self.joined(attend(query, key, value, mask)))
-        return self.norm(x + self.down(F.gelu(self.up(x))))
+        return self.norm(x + self.down(functional.gelu(self.up(x))))
 
 
 class BertEncoder(nn.Module):
@@ -86,7 +86,7 @@ class BertEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         mean = (x * present[..., None]).sum(1) / present.sum(1, keepdim=True)
-        return F.normalize(mean, dim=-1)
+        return functional.normalize(mean, dim=-1)
 
 
 class MiniLM:

@@ -48,12 +48,13 @@ def draw_language_model(results: Sequence[LanguageResult], unit: str, path: Path
     quality.axvline(original, color=_GRID, linewidth=2, zorder=0)
     for row, (result, color) in enumerate(zip(results, _FORMAT_COLORS)):
         quality.scatter([result.perplexity], [row], s=70, color=color)
-        quality.annotate(f"{result.perplexity:.3f}", (result.perplexity, row), xytext=(0, 8), textcoords="offset points", ha="center")
+        point = (result.perplexity, row)
+        quality.annotate(f"{result.perplexity:.3f}", point, xytext=(0, 8), textcoords="offset points", ha="center")
     highest = max(abs(result.perplexity - original) for result in results)
     margin = max(highest * 1.25, original * 0.01)
     quality.set_xlim(original - margin * 0.4, original + margin)
-    quality.set_title("Text that the model has not seen")
-    quality.set_xlabel(f"perplexity of a {unit} (lower is better)")
+    quality.set_title("Perplexity on held-out text")
+    quality.set_xlabel(f"perplexity, of a {unit} (lower is better)")
     _save(figure, path)
 
 

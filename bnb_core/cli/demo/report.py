@@ -29,8 +29,8 @@ def opening_blocks(environment: Dict[str, Any]) -> List[Block]:
     if environment["backends"] == [REFERENCE_NAME]:
         blocks.append(
             Paragraph(
-                "Only the reference backend runs here: every op in plain PyTorch. Memory and accuracy are the same with any backend, "
-                "but the times say nothing about a backend made for a device; bnb doctor shows what is installed."
+                "Only the reference backend runs here: every op in plain PyTorch. Memory and accuracy are those of any backend, "
+                "but the times say nothing about one that is made for a device; bnb doctor shows what is installed."
             )
         )
     return blocks
@@ -53,9 +53,9 @@ def encoder_blocks(results: Sequence[EncoderResult], figure: Path) -> List[Block
     ]
     return [
         Paragraph(
-            f"{_size(original)} {len(SENTENCES)} sentences and {len(QUERIES)} queries are embedded in one batch. Cosine: of an embedding "
-            f"with the one in {original.label}. Top 1, top 3: how many of the sentences that a query finds first stay. Tau: Kendall's, "
-            "over the order of all sentences."
+            f"{_size(original)} {len(SENTENCES)} sentences and {len(QUERIES)} queries are embedded in one batch. Cosine: of an "
+            f"embedding with the one in {original.label}. Top 1, top 3: how many of the sentences that a query finds first stay. "
+            "Tau: Kendall's rank correlation with the original order of all sentences."
         ),
         Table([*_MEMORY_COLUMNS, "cosine mean", "cosine min", "top 1", "top 3", "rank tau", "ms a batch"], rows),
         Paragraph(_found(results)),
@@ -78,8 +78,8 @@ def training_blocks(results: Sequence[TrainingResult], figure: Path) -> List[Blo
     ]
     return [
         Paragraph(
-            "A character-level GPT learns Python's language reference, once with each optimizer, from the same weights and batches. "
-            f"{second.optimizer} keeps its state in {first.state_bytes / second.state_bytes:.1f} times less memory."
+            "A character-level GPT learns Python's language reference, once with each optimizer, from the same weights and "
+            f"batches. {second.optimizer} keeps its state in {first.state_bytes / second.state_bytes:.1f} times less memory."
         ),
         Table(["optimizer", "state MB", "final loss", "held-out perplexity", "seconds"], rows),
         Figure(figure, f"Loss of {first.optimizer} and {second.optimizer}, and their difference"),
@@ -89,14 +89,17 @@ def training_blocks(results: Sequence[TrainingResult], figure: Path) -> List[Blo
 def language_blocks(unit: str, results: Sequence[LanguageResult], figure: Path) -> List[Block]:
     """Return the section on a language model in every format."""
     original = results[0]
+    shown = (original.format, *SAMPLED)
     rows = [
         [*_memory_cells(result, original), f"{result.perplexity:.3f}", f"{result.perplexity / original.perplexity - 1:+.2%}"]
         for result in results
     ]
     return [
-        Paragraph(f"{_size(original)} Perplexity is that of a {unit} of text that the model has not been trained on."),
+        Paragraph(
+            f"{_size(original)} Perplexity: of a {unit}, in a part of Python's language reference that nothing was trained on."
+        ),
         Table([*_MEMORY_COLUMNS, "perplexity", "change"], rows),
-        *(Sample(f"Written in {result.label}", result.sample.strip()) for result in results if result is original or result.format in SAMPLED),
+        *(Sample(f"Written in {result.label}", result.sample.strip()) for result in results if result.format in shown),
         Figure(figure, "Memory of the linear layers and perplexity, by format"),
     ]
 
@@ -131,8 +134,8 @@ def _memory_cells(result: FormatResult, original: FormatResult) -> List[str]:
 
 def _size(result: FormatResult) -> str:
     return (
-        f"{result.parameters / 1e6:.1f} million parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} linear "
-        f"layers ({result.linear_bytes / result.weight_bytes:.0%}) are quantized; embeddings and norms stay in {result.label}."
+        f"{result.parameters / 1e6:.1f} million parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} "
+        f"linear layers ({result.linear_bytes / result.weight_bytes:.0%}) are quantized; all else stays in {result.label}."
     )
 
 
@@ -147,4 +150,5 @@ def _found(results: Sequence[EncoderResult]) -> str:
     ]
     if changes:
         return "Not every query finds the same sentence first: " + "; ".join(changes) + "."
-    return f"Every query finds the same sentence first in each format: \u201c{QUERIES[0]}\u201d finds \u201c{original.found[0]}\u201d"
+    example = f"\u201c{QUERIES[0]}\u201d finds \u201c{original.found[0]}\u201d"
+    return f"Every query finds the same sentence first in each format; {example}"

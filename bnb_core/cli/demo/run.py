@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 import click
 import torch
@@ -38,7 +39,7 @@ class Effort(NamedTuple):
     """Windows of held-out text to measure perplexity on."""
 
 
-FULL = Effort(steps=800, repetitions=5, windows=512)
+FULL = Effort(steps=600, repetitions=5, windows=512)
 QUICK = Effort(steps=60, repetitions=1, windows=32)
 
 
@@ -82,9 +83,10 @@ class Tour:
     def built_in(self) -> None:
         """Show the encoder of the registry, then a model trained here."""
         self._encoder(MiniLM.installed(self.device))
-        trained = self._training()
-        self._add([Heading("The same language model, quantized")])
-        self._language_model(trained)
+        with _one_thread():
+            trained = self._training()
+            self._add([Heading("The same language model, quantized")])
+            self._language_model(trained)
 
     def checkpoint(self, folder: Path) -> None:
         """Show a local checkpoint."""
@@ -103,8 +105,9 @@ class Tour:
         self.results["fallbacks"] = events
         self.results["seconds"] = time.perf_counter() - self.started
         files = report.write(self.output, self.blocks, self.results)
-        self.console.print(f"\n[bold green]Done[/] in {self.results['seconds']:.0f} s. Written to {escape(str(self.output.resolve()))}:")
-        self.console.print(f"  {'  '.join(path.name for path in files)}")
+        names = ", ".join(path.name for path in files)
+        self.console.print(f"\n[bold green]Done[/] in {self.results['seconds']:.0f} s. {names} are in")
+        self.console.print(escape(str(self.output.resolve())), style="bold", soft_wrap=True)
 
     def _encoder(self, source: SentenceEncoder) -> None:
         self._add([Heading(f"Sentence encoder {source.name}")])
@@ -139,3 +142,14 @@ class Tour:
     def _add(self, blocks: List[Block]) -> None:
         show(self.console, blocks)
         self.blocks += blocks
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run what is too small to be shared out: more threads gain little there, and cost much when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

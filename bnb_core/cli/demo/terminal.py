@@ -30,12 +30,11 @@ def show(console: Console, blocks: Iterable[Block]) -> None:
             console.print(Padding(Text(block.text), (0, 0, 1, 2)))
 
 
-def collect(
-    console: Console, label: str, results: Iterable[Result], total: int, describe: Callable[[Result], str]
-) -> List[Result]:
+def collect(console: Console, label: str, results: Iterable[Result], total: int, describe: Callable[[Result], str]) -> List[Result]:
     """Return all the results, and show a bar that tells how many of `total` are there and what the last one was."""
     collected: List[Result] = []
-    columns = (TextColumn("{task.description:14}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}"))
+    last = TextColumn("{task.fields[last]}")
+    columns = (TextColumn("{task.description:14}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), last)
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(label, total=total, last="")
         for result in results:

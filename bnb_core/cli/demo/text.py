@@ -31,7 +31,7 @@ def language_reference() -> Text:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise click.ClickException(
-            "this Python came without its own documentation (pydoc_data), which the demo trains on; install the complete standard library"
+            "this Python lacks pydoc_data, its own documentation, which the demo trains on; install the complete standard library"
         ) from error
     training: List[str] = []
     held_out: List[str] = []

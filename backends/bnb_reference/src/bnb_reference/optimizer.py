@@ -13,8 +13,9 @@ import torch
 
 from bnb_core.ops.spec import Hyperparameters
 from bnb_reference import kernel
-from bnb_reference.blocks import piece_size, pieces
+from bnb_reference.blocks import pieces
 from bnb_reference.dequantize import dequantize_blockwise
+from bnb_reference.devices import piece_size, reads_are_free
 from bnb_reference.quantize import quantize_blockwise
 
 Tensors = Sequence[torch.Tensor]
@@ -229,7 +230,7 @@ class _Rule:
     def at_first_step(self, first: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
         """Choose by whether this is step 1."""
         is_first = self.step == 1
-        if is_first.device.type == "cpu":
+        if reads_are_free(is_first.device):
             return first if is_first else later
         return torch.where(is_first, first, later)
 

@@ -1,0 +1,80 @@
+"""Allocate outputs, or fill tensors that the caller gives, whatever their strides and whatever else lies in their memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, Iterable, List, Sequence, Tuple
+
+import torch
+
+from bnb_core.errors import InvalidArgumentError
+from bnb_core.ops import checks
+from bnb_core.ops.plain import is_plain
+from bnb_core.ops.spec import OpSpec
+
+#: Shape and dtype of one output.
+Output = Tuple[Sequence[Any], torch.dtype]
+
+
+def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Return what allocates a tensor: `torch.empty_strided` is faster than `torch.empty`, which has the strides to work out."""
+    return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
+
+
+def contiguous_strides(shape: Sequence[int]) -> Tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
+
+
+def check_out(spec: OpSpec, out: Any, outputs: Sequence[Output], device: torch.device) -> List[torch.Tensor]:
+    """Return the tensors of `out` as a list, or refuse it because it does not fit the outputs of the op."""
+    if len(outputs) == 1:
+        tensors = [out]
+    elif isinstance(out, (tuple, list)) and len(out) == len(outputs):
+        tensors = list(out)
+    else:
+        names = ", ".join(name for name, _ in spec.outputs)
+        given = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
+        raise InvalidArgumentError(f"{spec.name}: out is {given}; pass a tuple of {len(outputs)} tensors: {names}")
+    for (name, _), (shape, dtype), tensor in zip(spec.outputs, outputs, tensors):
+        checks.require_out(spec.name, name, tensor, tuple(shape), dtype, device)
+    return tensors
+
+
+def targets_for(results: List[torch.Tensor], arguments: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Return what a kernel may write to in place of `results`: these, or new tensors where their memory has gaps or other users."""
+    return [
+        result
+        if is_plain([result])
+        and result.is_contiguous()
+        and not result.is_neg()
+        and not any(_overlap(result, other) for other in (*arguments, *results[:i], *results[i + 1 :]))
+        else torch.empty(result.shape, dtype=result.dtype, device=result.device)
+        for i, result in enumerate(results)
+    ]
+
+
+def store(targets: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
+    """Copy what a kernel has written to where it was asked for, and let autograd know that this has changed."""
+    for target, result in zip(targets, results):
+        if target is not result:
+            result.copy_(target)
+        else:
+            _mark_written(result)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Say whether two tensors, if they are contiguous, have memory in common."""
+    start, other = a.data_ptr(), b.data_ptr()
+    return start < other + b.numel() * b.element_size() and other < start + a.numel() * a.element_size()
+
+
+def _mark_written_by_writing(tensor: torch.Tensor) -> None:
+    tensor.view(-1)[:0].zero_()
+
+
+#: Increase the version that autograd compares with that of a saved tensor.
+_mark_written = getattr(getattr(torch.autograd, "graph", None), "increment_version", _mark_written_by_writing)

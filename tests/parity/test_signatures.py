@@ -1,0 +1,36 @@
+"""Functions have the parameters and the defaults of bitsandbytes 0.50.2, in its order."""
+
+import inspect
+
+import pytest
+
+import bnb_core as bnb
+from bnb_core import functional as F
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", [name for name in F.__all__ if callable(getattr(F, name)) and name != "QuantState"])
+def test_functional(name):
+    assert parameters(getattr(F, name)) == parameters(getattr(bitsandbytes.functional, name))
+
+
+@pytest.mark.parametrize("name", ["matmul", "matmul_4bit"])
+def test_products(name):
+    assert parameters(getattr(bnb, name)) == parameters(getattr(bitsandbytes, name))
+
+
+def test_matmul_state():
+    ours, theirs = bnb.MatmulLtState(), bitsandbytes.MatmulLtState()
+    public = {name for name in dir(theirs) if not name.startswith("_")}
+    assert public <= set(dir(ours))
+    for name in sorted(public - {"reset_grads"}):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in ("CxB", "CxBt", "formatB", "_tile_indices"):
+        for state in (ours, theirs):
+            with pytest.warns(FutureWarning, match=name):
+                assert getattr(state, name) is None
