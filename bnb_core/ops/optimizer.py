@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -84,9 +84,8 @@ class OptimizerStep(StructuredOp):
 class StepBatch:
     """Parameters and states that an optimizer updates together again and again: checked in full once, and then at a glance.
 
-    Full checks take longer than the step of many small tensors. So a batch that has passed them compares only what can change
-    behind its back: gradients, the parameters' data, the device of states. Whatever is not as it was goes through the full checks
-    again.
+    Full checks take longer than the step of many small tensors. So after them, only what can change behind the batch's back is
+    compared: the parameters' data by `is_current`, gradients by `step`.
 
     Args:
         op: `STEP_32BIT` or `STEP_8BIT`.
@@ -100,30 +99,17 @@ class StepBatch:
         self._params = params
         self._states = tuple(states)
         self._tail = (OPTIMIZER_BLOCKSIZE,) if op is STEP_8BIT else ()
-        self._known: Optional[_Known] = None
+        self._dtype = params[0].dtype
+        self._device = params[0].device
+        self._layouts = [(param.stride(), param.numel()) for param in params]
+        self._checked = False
 
-    def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
-        """Update the parameters with these gradients; the other arguments are the op's."""
-        args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
-        if self._known is not None and ordinary_execution() and self._fits(grads, self._known):
-            self._op.run_checked(*args)
-        else:
-            self._op(*args)
-            self._known = self._describe()
-
-    def _fits(self, grads: List[torch.Tensor], known: "_Known") -> bool:
-        dtype, device, layouts = known
-        strided = torch.strided
-        states = self._states[0] or self._params
-        for grad, param, state, (strides, numel) in zip(grads, self._params, states, layouts):
+    def is_current(self) -> bool:
+        """Say whether parameters have the layout that they had, and states are on their device still; without, make a new batch."""
+        dtype, device = self._dtype, self._device
+        for param, state, (strides, numel) in zip(self._params, self._states[0] or self._params, self._layouts):
             if (
-                type(grad) is not torch.Tensor
-                or grad.layout is not strided
-                or grad.dtype is not dtype
-                or grad.numel() != numel
-                or grad.stride() != strides
-                or grad.device != device
-                or param.dtype is not dtype
+                param.dtype is not dtype
                 or param.numel() != numel
                 or param.stride() != strides
                 or param.device != device
@@ -132,25 +118,42 @@ class StepBatch:
                 return False
         return True
 
-    def _describe(self) -> Optional["_Known"]:
-        """Return what to compare with from now on; None where tensors have to be copied or go through the dispatcher."""
+    def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
+        """Update the parameters, which are as `is_current` wants them. The arguments are the op's.
+
+        Raises:
+            InvalidArgumentError: as the op.
+        """
+        args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
+        if self._checked and ordinary_execution() and self._takes(grads):
+            self._op.run_checked(*args)
+        else:
+            self._op(*args)
+            self._checked = self._is_direct()
+
+    def _takes(self, grads: List[torch.Tensor]) -> bool:
+        dtype, device, strided = self._dtype, self._device, torch.strided
+        for grad, (strides, numel) in zip(grads, self._layouts):
+            if (
+                type(grad) is not torch.Tensor
+                or grad.layout is not strided
+                or grad.dtype is not dtype
+                or grad.numel() != numel
+                or grad.stride() != strides
+                or grad.device != device
+            ):
+                return False
+        return True
+
+    def _is_direct(self) -> bool:
+        """Say whether kernels can take the tensors as they are, without copies and without torch's dispatcher."""
         states = [tensors for tensors in self._states[:3] if tensors]
         if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
-            return None
-        for i, param in enumerate(self._params):
-            if not (param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)):
-                return None
-        layouts = [(param.stride(), param.numel()) for param in self._params]
-        return _Known(self._params[0].dtype, self._params[0].device, layouts)
-
-
-class _Known(NamedTuple):
-    """What a batch was when it passed the checks."""
-
-    dtype: torch.dtype
-    device: torch.device
-    layouts: List[Tuple[Tuple[int, ...], int]]
-    """Strides and size of each parameter."""
+            return False
+        return all(
+            param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)
+            for i, param in enumerate(self._params)
+        )
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -175,19 +178,19 @@ def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
     return tensor.stride() == strides or all(x == y for x, y, size in zip(tensor.stride(), strides, tensor.shape) if size != 1)
 
 
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
     if len(grads) != len(params):
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if param.numel() and 0 in param.stride() and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape)):
+        if _is_expanded(param):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"
-            )
-        if grad.layout is not torch.strided:
-            raise InvalidArgumentError(
-                f"{op}: a gradient is {grad.layout}; only dense gradients are accepted, as `sparse=False` gives in embeddings"
             )
         if param.dtype != params[0].dtype or grad.dtype != params[0].dtype:
             raise InvalidArgumentError(

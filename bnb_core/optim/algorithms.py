@@ -279,7 +279,6 @@ class SGD(Optimizer):
         args: Any = None,
         min_8bit_size: int = 4096,
         *,
-        max_unorm: float = 0.0,
         capturable: bool = False,
     ) -> None:
         super().__init__(
@@ -288,28 +287,31 @@ class SGD(Optimizer):
             optim_bits=optim_bits,
             args=args,
             min_8bit_size=min_8bit_size,
-            max_unorm=max_unorm,
             capturable=capturable,
         )
 
     def check(self, options: Options) -> None:
         """Refuse options that have no meaning."""
         super().check(options)
-        if options["nesterov"] and (not options["momentum"] or options["dampening"]):
-            raise InvalidArgumentError(
-                f"{type(self).__name__}: nesterov with momentum {options['momentum']} and dampening {options['dampening']}; "
-                "it needs momentum above 0 and no dampening"
-            )
+        check_nesterov(type(self).__name__, options)
 
 
-class LARS(SGD):
+class LARS(Optimizer):
     """LARS (arXiv 1708.03888): SGD whose update is no longer than a part of its parameter.
 
     Args:
-        max_unorm: the update's L2 norm is at most this many times the parameter's; 0 for no limit. `args` replaces it.
+        params, lr, momentum, dampening, weight_decay, nesterov: as in `SGD`.
+        max_unorm: the update's L2 norm is at most this many times the parameter's; 0 for no limit.
+        optim_bits, args, min_8bit_size, capturable: see `Optimizer`. `args` replaces `max_unorm` too.
 
-    The other arguments are those of `SGD`.
+    Raises:
+        InvalidArgumentError: an option has a value that is not accepted.
     """
+
+    algorithm = "sgd"
+    slots = SGD.slots
+    decoupled_weight_decay = False
+    in_betas = SGD.in_betas
 
     def __init__(
         self,
@@ -328,17 +330,18 @@ class LARS(SGD):
     ) -> None:
         super().__init__(
             params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            optim_bits,
-            args,
-            min_8bit_size,
+            {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov},
+            optim_bits=optim_bits,
+            args=args,
+            min_8bit_size=min_8bit_size,
             max_unorm=max_unorm,
             capturable=capturable,
         )
+
+    def check(self, options: Options) -> None:
+        """Refuse options that have no meaning."""
+        super().check(options)
+        check_nesterov(type(self).__name__, options)
 
 
 class RMSprop(Optimizer):
@@ -444,3 +447,16 @@ class Adagrad(Optimizer):
     def initial_value(self, options: Options) -> float:
         """Return what the elements of a new state are."""
         return float(options["initial_accumulator_value"])
+
+
+def check_nesterov(who: str, options: Options) -> None:
+    """Refuse Nesterov momentum where it is not defined.
+
+    Raises:
+        InvalidArgumentError: `nesterov` without momentum, or with dampening.
+    """
+    if options["nesterov"] and (not options["momentum"] or options["dampening"]):
+        raise InvalidArgumentError(
+            f"{who}: nesterov with momentum {options['momentum']} and dampening {options['dampening']}; "
+            "it needs momentum above 0 and no dampening"
+        )

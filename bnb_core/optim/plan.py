@@ -54,7 +54,7 @@ class Call(NamedTuple):
     def run(self, algorithm: str) -> None:
         """Update the parameters."""
         step = self.step.to(self.device) if self.on_device else int(self.step)
-        lr = self.lr.to(self.device, torch.float32).reshape(()) if isinstance(self.lr, torch.Tensor) else self.lr
+        lr = self.lr.to(self.device, torch.float32).reshape(()) if isinstance(self.lr, torch.Tensor) else float(self.lr)
         self.batch.step(self.grads, algorithm, self.hyperparameters, step, lr)
 
 
@@ -76,9 +76,9 @@ class _Bucket:
         self._kept = [(states, itemgetter(key), [state[key] for state in states]) for key in sorted(keys)]
 
     def is_current(self) -> bool:
-        """Say whether the states hold the tensors that the batch was made of."""
+        """Say whether the states hold the tensors that the batch was made of, and parameters are as they were."""
         try:
-            return all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
+            return self.batch.is_current() and all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
         except KeyError:
             return False
 

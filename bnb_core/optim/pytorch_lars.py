@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from bnb_core.errors import InvalidArgumentError
+from bnb_core.optim.algorithms import check_nesterov
 
 
 class PytorchLARS(torch.optim.Optimizer):
@@ -38,11 +39,6 @@ class PytorchLARS(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("max_unorm", max_unorm)):
             if value < 0.0:
                 raise InvalidArgumentError(f"PytorchLARS: {name} is {value}; it must be at least 0")
-        if nesterov and (not momentum or dampening):
-            raise InvalidArgumentError(
-                f"PytorchLARS: nesterov with momentum {momentum} and dampening {dampening}; "
-                "it needs momentum above 0 and no dampening"
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -51,6 +47,7 @@ class PytorchLARS(torch.optim.Optimizer):
             "nesterov": nesterov,
             "max_unorm": max_unorm,
         }
+        check_nesterov("PytorchLARS", defaults)
         super().__init__(params, defaults)
 
     @torch.no_grad()

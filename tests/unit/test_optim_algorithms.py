@@ -15,7 +15,7 @@ STEPS = 50
 ERROR = 2.0**-20
 
 
-# ----------------------------------------------------------------------------------------------------------- the formulas, in float64
+# ------------------------------------------------------------------------ the formulas, in float64
 
 
 def adam(g, s, t, o):
@@ -94,7 +94,7 @@ def step64(algorithm, decoupled, p, g, s, t, o):
     return torch.where(finite, moved, p), after, float((scale * u).abs().max()), terms
 
 
-# --------------------------------------------------------------------------------------------------------------------- the cases
+# --------------------------------------------------------------------------------------- the cases
 
 #: Class, its formula, whether decay is decoupled, names of its states as (key, half, name in the formula), and options.
 M_V_W = (("state1", None, "m"), ("state2", None, "v"), ("state3", None, "w"))
@@ -205,7 +205,7 @@ def test_32bit_states(name, options, dtype):
     assert all(state["step"] == STEPS or dtype is not torch.float32 for state in optimizer.state.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------ 8-bit states
+# ------------------------------------------------------------------------------------ 8-bit states
 
 CODEBOOKS = {"signed": create_dynamic_map(True), "unsigned": create_dynamic_map(False)}
 #: Adam's, and AdEMAMix's, mean square has unsigned codes; what is a mean square elsewhere has signed ones, as in bitsandbytes.
@@ -264,7 +264,7 @@ def test_8bit_states(name, options):
                     check_codes(codes, absmax, after[key], terms[key], codebooks[key], (key, t))
 
 
-# ------------------------------------------------------------------------------------------------------------------- torch.optim
+# ------------------------------------------------------------------------------------- torch.optim
 
 SAME_AS_TORCH = [
     ("AdamW", "AdamW", {"weight_decay": 0.1}),
