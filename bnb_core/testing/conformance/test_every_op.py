@@ -111,9 +111,7 @@ def test_two_callers_at_once(bnb_kernel: KernelUnderTest) -> None:
     calls = [plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, scale) for scale in (2, 4)]
     alone = [bnb_kernel.run(*args) for args in calls]
     with ThreadPoolExecutor(2) as pool:
-        together: List[List[Results]] = list(
-            pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls)
-        )
+        together: List[List[Results]] = list(pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls))
     for expected, found in zip(alone, together):
         for results in found:
             _assert_same(results, expected)
