@@ -5,6 +5,8 @@ from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 
+from bnb_core.nn.outlier_aware import OutlierTracer, find_outlier_dims
+
 #: The layouts of int8 weights, by the number that a checkpoint has for each. Only "row" is in use today.
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
 INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {number: name for name, number in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()}
@@ -54,3 +56,15 @@ def sync_gpu(t: torch.Tensor) -> None:
     """Wait for the work that is queued on the GPU that holds a tensor; on a CPU there is none."""
     if t.device.type in ("cuda", "xpu"):
         getattr(torch, t.device.type).synchronize(t.device)
+
+
+__all__ = [
+    "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "OutlierTracer",
+    "find_outlier_dims",
+    "pack_dict_to_tensor",
+    "replace_linear",
+    "sync_gpu",
+    "unpack_tensor_to_dict",
+]
