@@ -31,7 +31,9 @@ def conform(spec: OpSpec, args: Sequence[Any]) -> Tuple[Any, ...]:
 
 
 def _refuse(op: str, parameter: Parameter, value: Any, accepted: str) -> InvalidArgumentError:
-    given = type(value).__name__ if isinstance(value, (torch.Tensor, list, tuple, dict)) else f"{value!r} ({type(value).__name__})"
+    given = f"of type {type(value).__name__}"
+    if value is None or isinstance(value, (numbers.Number, str)):
+        given = f"{value!r}, {given}" if value is not None else "None"
     return InvalidArgumentError(f"{op}: {parameter.name} is {given}; pass {accepted}{' or None' if parameter.optional else ''}")
 
 

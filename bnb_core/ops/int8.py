@@ -98,8 +98,8 @@ def _linear_transposed_meta(g: torch.Tensor, codes: torch.Tensor, absmax: torch.
 
 
 def _linear_transposed_adjoint(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    # int8_linear would quantize the gradient; the exact adjoint multiplies by the dequantized weight.
-    return torch.nn.functional.linear(grad, int8_dequantize_rows(codes, absmax, grad.dtype))
+    # int8_linear would quantize the gradient; the exact adjoint multiplies by the dequantized weight, in float32 as the op does.
+    return torch.nn.functional.linear(grad.float(), int8_dequantize_rows(codes, absmax, torch.float32)).to(grad.dtype)
 
 
 def _embedding_meta(indices: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> Sequence[Output]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bnb_reference import devices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -192,6 +193,17 @@ def test_linear_keeps_infinite_outliers_apart(host_reads_forbidden):
     y = ops.int8_linear(x, codes, absmax, None, 6.0)
     assert torch.equal(y[0], torch.full((3,), float("inf")))
     assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("reads_are_free", [True, False])
+def test_linear_takes_a_nan_below_no_threshold_for_zero(reads_are_free, monkeypatch):
+    monkeypatch.setattr(devices, "reads_are_free", lambda device: reads_are_free)
+    codes, absmax, _ = ops.int8_quantize_rows(torch.randn(3, 8))
+    x = torch.randn(2, 8)
+    x[0, 5] = 7.0
+    without = x.clone()
+    x[0, 3], without[0, 3] = float("nan"), 0.0
+    assert torch.equal(ops.int8_linear(x, codes, absmax, None, 6.0), ops.int8_linear(without, codes, absmax, None, 6.0))
 
 
 def test_linear_of_any_leading_shape(dtype):

@@ -13,6 +13,7 @@ from bnb_core.backends import get_backend
 from bnb_core.errors import BackendError, OpNotSupportedError
 from bnb_core.ops.spec import OPS, Nested
 from bnb_core.testing.calls import plain_call
+from bnb_core.testing.expectations import expectation
 from bnb_core.testing.subject import KernelUnderTest, Results, Subject, for_ops
 from bnb_core.testing.tolerances import assert_identical
 
@@ -51,6 +52,16 @@ def _with_gaps(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.stack((value, value), -1)[..., 0]
+
+
+@for_ops(*(op for op in PRODUCTS if op != "int8_matmul_dequant"))
+def test_argument_that_requires_grad(bnb_kernel: KernelUnderTest) -> None:
+    """Kernels see the tensor with its flag; the derivative is the core's."""
+    args = plain_call(bnb_kernel.spec.name, bnb_kernel.dtype)
+    check = expectation(bnb_kernel.spec, args)
+    result = bnb_kernel.call(args[0].requires_grad_(), *args[1:])
+    assert result.requires_grad
+    check([result.detach()])
 
 
 @for_ops(*EXACT)
@@ -100,9 +111,7 @@ def test_two_callers_at_once(bnb_kernel: KernelUnderTest) -> None:
     calls = [plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, scale) for scale in (2, 4)]
     alone = [bnb_kernel.run(*args) for args in calls]
     with ThreadPoolExecutor(2) as pool:
-        together: List[List[Results]] = list(
-            pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls)
-        )
+        together: List[List[Results]] = list(pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls))
     for expected, found in zip(alone, together):
         for results in found:
             _assert_same(results, expected)

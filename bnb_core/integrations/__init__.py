@@ -1,0 +1,1 @@
+"""Ways to use bnb_core from other libraries."""
