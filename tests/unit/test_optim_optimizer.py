@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 from bnb_core import backends, optim
 from bnb_core.backends import Backend
 from bnb_core.errors import CaptureError, InvalidArgumentError
+from bnb_core.ops import Hyperparameters
 from bnb_core.ops.plain import REGISTERED
 
 EVERY_CLASS = [cls for cls in vars(optim).values() if isinstance(cls, type) and issubclass(cls, optim.Optimizer)]
@@ -154,6 +155,17 @@ def test_options_are_read_at_every_step(calls):
     (*_, before, _, first), (*_, after, _, second) = calls
     assert (first, before.beta1, before.beta2, before.weight_decay, before.skip_zeros) == (0.5, 0.8, 0.9, 0.25, False)
     assert (second, after.beta1, after.beta2, after.weight_decay, after.skip_zeros) == (0.125, 0.5, 0.75, 0.0, True)
+
+
+def test_kernels_get_numbers_of_the_types_that_the_spec_gives(calls):
+    params = parameters((3,))
+    optimizer = optim.SGD(params, lr=1, momentum=1, weight_decay=0)
+    give_gradients(params)
+    for _ in range(2):
+        optimizer.step()
+        (*_, hyperparameters, step, lr) = calls[-1]
+        assert list(map(type, hyperparameters)) == list(map(type, Hyperparameters()))
+        assert (type(step), type(lr)) == (int, float)
 
 
 def test_options_may_be_set_for_a_group(calls):
