@@ -33,7 +33,7 @@ if REGISTERED:
 Tensors = Tuple[torch.Tensor, ...]
 
 #: Signatures kept for each combination of argument types; when there are more, all are forgotten.
-_MOST_SIGNATURES = 4096
+_MOST_SIGNATURES = 1024
 
 _describe = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 _ops: Dict[str, "StructuredOp"] = {}
