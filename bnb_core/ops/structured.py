@@ -18,7 +18,7 @@ import torch
 
 from bnb_core.backends import dispatch
 from bnb_core.backends.api import Call
-from bnb_core.errors import InvalidArgumentError
+from bnb_core.errors import InvalidArgumentError, OpNotSupportedError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
 from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_gradient
@@ -33,7 +33,7 @@ if REGISTERED:
 Tensors = Tuple[torch.Tensor, ...]
 
 #: Signatures kept for each combination of argument types; when there are more, all are forgotten.
-_MOST_SIGNATURES = 4096
+_MOST_SIGNATURES = 1024
 
 _describe = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 _ops: Dict[str, "StructuredOp"] = {}
@@ -240,7 +240,17 @@ class StructuredOp:
     # ------------------------------------------------------------------------------------------------------------- the dispatcher
 
     def dispatch(self, args: Tuple[Any, ...], out: Any = None) -> Any:
-        """Run the op through torch, on arguments of the right Python types."""
+        """Run the op through torch, on arguments of the right Python types.
+
+        Raises:
+            InvalidArgumentError: the arguments or `out` do not fit the op.
+            OpNotSupportedError: this torch is too old to have the op.
+        """
+        if not REGISTERED:
+            raise OpNotSupportedError(
+                f"{self.spec.name}: torch.jit.trace and torch.func need torch 2.4 or newer, this is {torch.__version__}; "
+                "call it outside them"
+            )
         if is_compiling() or out is not None:
             outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
         if out is not None:
