@@ -114,7 +114,7 @@ def _step_8bit(dtype: torch.dtype, rows: int) -> Arguments:
     signed, unsigned = (cases.codebooks(256)[name] for name in ("dynamic", "dynamic_unsigned"))
     codes1, absmax1 = quantize_states(m, signed)
     codes2, absmax2 = quantize_states(v, unsigned)
-    states = (codes1, codes2, [], absmax1, absmax2, [])
+    states: Arguments = (codes1, codes2, [], absmax1, absmax2, [])
     return (params, grads, *states, signed, unsigned, None, "adam", ADAM, 3, 0.1, OPTIMIZER_BLOCKSIZE)
 
 

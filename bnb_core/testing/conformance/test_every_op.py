@@ -100,10 +100,12 @@ def test_same_bits_with_any_number_of_threads(bnb_kernel: KernelUnderTest) -> No
 
 
 @for_ops(*PRODUCTS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_product_with_any_number_of_threads(bnb_kernel: KernelUnderTest, threads: int) -> None:
-    with _threads(threads):
-        bnb_kernel.verify(*plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, LARGE))
+def test_product_with_any_number_of_threads(bnb_kernel: KernelUnderTest) -> None:
+    args = plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, LARGE)
+    check = expectation(bnb_kernel.spec, args)
+    for count in (1, 2, 3):
+        with _threads(count):
+            check(bnb_kernel.run(*args))
 
 
 @for_ops(*OPS)

@@ -53,7 +53,7 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 }
 #: States that hold squares or sums of them.
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-PARAMETERS = ((1,), (255,), (256,), (257,), (3, 171), (40, 25))
+PARAMETERS = ((1,), (256,), (257,), (3, 171))
 
 
 def _normal(shape: Sequence[int], *seed: Any) -> np.ndarray:
@@ -191,7 +191,7 @@ def test_lists_with_empty_tensors(bnb_kernel: KernelUnderTest) -> None:
 
 @for_both_formats
 def test_many_tensors(bnb_kernel: KernelUnderTest) -> None:
-    bnb_kernel.verify(*_call(bnb_kernel, "adam-decoupled", shapes=tuple((1 + i * 37 % 300,) for i in range(150))))
+    bnb_kernel.verify(*_call(bnb_kernel, "adam-decoupled", shapes=tuple((1 + i * 37 % 300,) for i in range(50))))
 
 
 @for_ops("optimizer_step_8bit_blockwise_")
