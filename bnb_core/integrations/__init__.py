@@ -1,0 +1,1 @@
+"""What connects bnb_core with models and checkpoints that other libraries made."""
