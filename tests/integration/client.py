@@ -15,13 +15,8 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 IDS = torch.tensor([[1, 17, 5, 40, 9, 33, 2, 61], [3, 8, 50, 21, 7, 12, 44, 30]])
-CONFIGS = {
-    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-    "nested": dict(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-    ),
-    "int8": dict(load_in_8bit=True),
-}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+CONFIGS = {"nf4": NF4, "nested": {**NF4, "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
 
 
 def load(checkpoints, shape, quantization=None, **keywords):
@@ -72,8 +67,9 @@ def trainer(checkpoints, shape, optimizer):
     return {
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "optimizer": str(type(run.optimizer.optimizer)),
-        "quantized": any(v.dtype == torch.uint8 for state in run.optimizer.optimizer.state.values() for v in state.values()
-                         if torch.is_tensor(v)),
+        "quantized": any(
+            v.dtype == torch.uint8 for state in run.optimizer.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
+        ),
     }
 
 
