@@ -24,7 +24,7 @@ OFFLOAD = ["offload:llama:nf4", "offload:llama:int8"]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     torch.manual_seed(0)
-    size = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    size = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     models = {
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, num_key_value_heads=2)),
         "qwen": transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size, num_key_value_heads=2)),
@@ -43,15 +43,15 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="module")
 def figures(checkpoints, bnb_run, run_program):
     """The figures of each task with bnb_core, and with the real bitsandbytes, or None without it."""
-    command = (CLIENT, checkpoints, *INFERENCE, *TRAINERS, *QLORA, *OFFLOAD)
+    command = (CLIENT, checkpoints, *INFERENCE, *TRAINERS, *QLORA)
     try:
         import bitsandbytes
     except ImportError:
-        return parsed(bnb_run(*command)), None
+        return parsed(bnb_run(*command, *OFFLOAD)), None
     assert bitsandbytes.__version__ == "0.50.2"
     with ThreadPoolExecutor() as pool:
         theirs = pool.submit(run_program, sys.executable, *command)
-        return parsed(bnb_run(*command)), parsed(theirs.result())
+        return parsed(bnb_run(*command, *OFFLOAD)), parsed(theirs.result())
 
 
 def parsed(output):
@@ -82,8 +82,13 @@ def test_model_is_quantized_saved_and_loaded(ours, task):
 def test_model_gives_what_it_gives_with_bitsandbytes(ours, theirs, task):
     assert ours[task]["saved"] == theirs[task]["saved"]
     assert ours[task].get("tokens") == theirs[task].get("tokens")
-    mine, expected = torch.tensor(ours[task]["outputs"]), torch.tensor(theirs[task]["outputs"])
-    assert (mine - expected).norm() / expected.norm() < (5e-3 if "int8" in task else 1e-5)
+    mine, expected, exact = map(torch.tensor, (ours[task]["outputs"], theirs[task]["outputs"], theirs[task]["unquantized"]))
+    difference = (mine - expected).norm() / expected.norm()
+    if "int8" not in task:  # bitsandbytes does not always take the nearest code when it quantizes scales on CPUs
+        assert difference < (2e-3 if "nested" in task else 1e-5)
+    else:  # bitsandbytes rounds activations to float16 before it quantizes them, and so has some other codes
+        assert (mine - exact).norm() < 1.1 * (expected - exact).norm()
+        assert difference < (expected - exact).norm() / exact.norm()
 
 
 @pytest.mark.parametrize("task", TRAINERS)
@@ -103,16 +108,17 @@ def test_qlora(ours, task):
     losses = ours[task]["losses"]
     assert losses == sorted(losses, reverse=True)
     assert ours[task]["restored"] == 0.0
-    assert ours[task]["merged"] < 0.1
+    assert ours[task]["merged"] < (0.05 if "int8" in task else 0.3)  # the merged weight is quantized again
     assert FORMATS[task.rpartition(":")[2]] in ours[task]["layers"]
 
 
 @pytest.mark.parametrize("task", QLORA)
 def test_qlora_loses_as_with_bitsandbytes(ours, theirs, task):
     assert ours[task]["losses"] == pytest.approx(theirs[task]["losses"], rel=1e-2)
+    assert ours[task]["merged"] == pytest.approx(theirs[task]["merged"], rel=0.1)
     assert ours[task]["layers"] == theirs[task]["layers"]
 
 
 @pytest.mark.parametrize("task", OFFLOAD)
-def test_offload(ours, task):
+def test_offload(ours, task):  # with bitsandbytes, a 4-bit weight cannot be brought back from the meta device
     assert ours[task] == {"same": True, "places": ["cpu"]}
