@@ -1,6 +1,8 @@
 """Modules with quantized weights, and what clients look for beside them."""
 
-from typing import Union
+from typing import Union, cast
+
+import torch
 
 from bnb_core import nn
 from bnb_core.nn import *  # noqa: F403
@@ -18,7 +20,10 @@ def fix_4bit_weight_quant_state_from_module(module: Union[nn.Linear4bit, nn.Embe
         return
     if not isinstance(module.weight, nn.Params4bit):
         module.weight = nn.Params4bit(
-            module.weight, quant_storage=module.quant_storage, bnb_quantized=True, quant_state=module.quant_state
+            module.weight,
+            quant_storage=cast(torch.dtype, module.quant_storage),  # for type checkers a module's attribute may be anything
+            bnb_quantized=True,
+            quant_state=module.quant_state,
         )
     else:
         module.weight.quant_state = module.quant_state
