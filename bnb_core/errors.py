@@ -68,6 +68,10 @@ class CheckpointError(BnbError, ValueError):
     """A saved quantized state is incomplete, inconsistent or not of this format."""
 
 
+class StorageError(BnbError, OSError):
+    """A file cannot be read or written: no space is left, or permission is lacking."""
+
+
 class CaptureError(BnbError, RuntimeError):
     """A call cannot be captured in a CUDA graph, because a replay would not do the same."""
 

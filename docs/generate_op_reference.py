@@ -24,6 +24,7 @@ those that only shape the output, and fill `out`: a tensor, or a tuple of tensor
 
 - Tensors may have any strides. Packed codes and block scales may have any shape with that number of elements.
 - Blocksizes of 4-bit tensors are {}.
+- `out`, where a function takes it, may have any strides and overlap arguments; it is refused where a gradient would be lost.
 - Products are differentiable in their first argument and in the bias, in reverse and forward mode, as often as is asked for. All
   other results are constants. `int8_linear` has the derivative of the product with its dequantized weight.
 - Autocast changes nothing: an op computes in the dtype of its tensors.

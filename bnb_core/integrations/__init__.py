@@ -1,1 +1,1 @@
-"""Ways to use bnb_core from other libraries."""
+"""What connects bnb_core with models, checkpoints and programs that other libraries made."""

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Sequence, Tuple
 import torch
 
 from bnb_core.errors import InvalidArgumentError
+from bnb_core.ops.plain import is_compiling
 from bnb_core.ops.spec import Hyperparameters, Nested, OpSpec, Parameter
 
 #: Python's numbers, and those that stand for them while torch traces. A bool is no number here.
@@ -61,7 +62,8 @@ def _int(op: str, parameter: Parameter, value: Any) -> Any:
 def _ints(op: str, parameter: Parameter, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise _refuse(op, parameter, value, "a sequence of ints")
-    return torch.Size([_int(op, parameter, size) for size in value])
+    sizes = [_int(op, parameter, size) for size in value]
+    return tuple(sizes) if is_compiling() else torch.Size(sizes)
 
 
 def _float(op: str, parameter: Parameter, value: Any) -> Any:

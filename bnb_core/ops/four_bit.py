@@ -355,7 +355,7 @@ def grouped_gemm_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or offset that is not accepted.
     """
-    return _grouped(x, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    return _grouped.call((x, packed, absmax, codebook, blocksize, offsets, N, K, nested))
 
 
 def grouped_gemm_4bit_transposed(
@@ -381,7 +381,7 @@ def grouped_gemm_4bit_transposed(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or offset that is not accepted.
     """
-    return _grouped_transposed(g, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    return _grouped_transposed.call((g, packed, absmax, codebook, blocksize, offsets, N, K, nested))
 
 
 def embedding_4bit(
@@ -413,4 +413,4 @@ def embedding_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or index that is not accepted.
     """
-    return _embedding(indices, packed, absmax, codebook, blocksize, num_embeddings, embedding_dim, dtype, nested)
+    return _embedding.call((indices, packed, absmax, codebook, blocksize, num_embeddings, embedding_dim, dtype, nested))

@@ -163,7 +163,7 @@ def int8_quantize_rows_cols(
     Raises:
         InvalidArgumentError: a dtype, shape or threshold that is not accepted.
     """
-    return _quantize_rows_cols(x, threshold)
+    return _quantize_rows_cols.call((x, threshold))
 
 
 def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, out: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -294,4 +294,4 @@ def embedding_8bit(indices: torch.Tensor, codes: torch.Tensor, absmax: torch.Ten
     Raises:
         InvalidArgumentError: a dtype, shape, device or index that is not accepted.
     """
-    return _embedding(indices, codes, absmax, dtype)
+    return _embedding.call((indices, codes, absmax, dtype))

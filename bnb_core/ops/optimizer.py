@@ -33,7 +33,7 @@ class OptimizerStep(StructuredOp):
         if out is not None:
             raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
         args = conform(self.spec, args)
-        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+        if ordinary_execution() and is_plain(tensors_of(self.spec, args)):
             self.run(*args)
         else:
             self.dispatch(args)

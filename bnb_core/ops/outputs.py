@@ -74,7 +74,7 @@ def _make_mark_written() -> Callable[[Sequence[torch.Tensor]], None]:
 
     try:
         increment([])
-    except (AttributeError, TypeError):  # not yet for several tensors at a time
+    except (AttributeError, RuntimeError, TypeError):  # not yet for several tensors at a time
 
         def increment_each(tensors: Sequence[torch.Tensor]) -> None:
             for tensor in tensors:

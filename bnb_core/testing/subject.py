@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 import pytest
 import torch
@@ -112,14 +112,11 @@ class KernelUnderTest:
         arena = Arena(placement, self.device)
         placed = [_place(arena, parameter, value) for parameter, value in zip(self.spec.parameters, args)]
         shapes = structured_op(self.spec.name).meta(*placed)
-        outputs = tuple(
-            arena.empty(name, tuple(shape), dtype) for (name, _), (shape, dtype) in zip(self.spec.outputs, shapes)
-        )
+        outputs = tuple(arena.empty(name, tuple(shape), dtype) for (name, _), (shape, dtype) in zip(self.spec.outputs, shapes))
         self._call(placed, outputs[0] if len(outputs) == 1 else outputs or None)
         arena.check()
         updated = [value for parameter, value in zip(self.spec.parameters, placed) if parameter.mutated]
         return tuple(output.cpu() for output in outputs) + tuple([tensor.cpu() for tensor in tensors] for tensors in updated)
-
 
     def _call(self, args: Sequence[Any], out: Any) -> Any:
         """Call the op; skip the test if the kernel's `when` refuses."""
@@ -154,8 +151,8 @@ def _place(arena: Arena, parameter: Parameter, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return arena.copy(parameter.name, value, parameter.mutated)
     if isinstance(value, Nested):
-        fields: List[Any] = [arena.copy(f"nested.{field}", tensor) for field, tensor in zip(Nested._fields, value[:3])]
-        return Nested(*fields, value.blocksize)
+        absmax, codebook, offset = (arena.copy(f"nested.{name}", tensor) for name, tensor in zip(Nested._fields, value[:3]))
+        return Nested(absmax, codebook, offset, value.blocksize)
     if parameter.kind == "tensors":
         return [arena.copy(f"{parameter.name}[{i}]", tensor, parameter.mutated) for i, tensor in enumerate(value)]
     return value

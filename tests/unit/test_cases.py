@@ -101,6 +101,6 @@ def test_same_values_in_every_process():
         "x = cases.values('edges', 100, 32, torch.float32, cases.codebooks(16)['nf4']);"
         "print(x.view(torch.int32).tolist())"
     )
-    other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+    other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout
     here = cases.values("edges", 100, 32, torch.float32, cases.codebooks(16)["nf4"])
     assert other.strip() == str(here.view(torch.int32).tolist())

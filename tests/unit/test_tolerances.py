@@ -34,7 +34,7 @@ def test_not_identical(actual, expected, message):
 
 
 def test_not_identical_in_dtype():
-    with pytest.raises(AssertionError, match="x is torch.float16, expected torch.float32"):
+    with pytest.raises(AssertionError, match=r"x is torch\.float16, expected torch.float32"):
         tolerances.assert_identical(torch.zeros(1).half(), torch.zeros(1), "x")
 
 
@@ -79,7 +79,7 @@ def test_rounded_once():
         tolerances.assert_rounded(torch.tensor([right]).bfloat16(), value, "p")
     exact = Rounded.exact(np.array([1 + 2.0**-8 + 2.0**-9]))
     tolerances.assert_rounded(torch.tensor([1 + 2.0**-7]).bfloat16(), exact, "p")
-    with pytest.raises(AssertionError, match="p: 1 of 1 elements are wrong; the first is element 0: 1.0, expected 1.0078125"):
+    with pytest.raises(AssertionError, match=r"p: 1 of 1 elements are wrong; the first is element 0: 1.0, expected 1.0078125"):
         tolerances.assert_rounded(torch.tensor([1.0]).bfloat16(), exact, "p")
 
 
@@ -96,9 +96,9 @@ def test_state_codes():
     quantized([1, 0], 0.25)  # a tie
     quantized([1, 2], 0.25 - 1e-8)  # so near that float32 may see it on the other side
     quantized([1, 2], 0.2, error=0.1)
-    with pytest.raises(AssertionError, match="m: 1 of 2 codes are wrong; the first is element 1: 0.5 stands for 0.2"):
+    with pytest.raises(AssertionError, match=r"m: 1 of 2 codes are wrong; the first is element 1: 0.5 stands for 0.2"):
         quantized([1, 2], 0.2)
-    with pytest.raises(AssertionError, match="1.0 stands for 0.25"):
+    with pytest.raises(AssertionError, match=r"1\.0 stands for 0.25"):
         quantized([1, 1], 0.25, error=1.0)  # however uncertain: never two codes off
 
 

@@ -1,8 +1,8 @@
 """What the backend is called, where it runs, and which kernel it has for which op."""
 
 import torch
-from bnb_core.backends import YES, Backend, Support, hookimpl
 
+from bnb_core.backends import YES, Backend, Support, hookimpl
 from bnb_numpy import kernels
 
 #: The most temporary memory that a kernel may ask for.
@@ -25,6 +25,7 @@ DTYPES = {torch.float32, torch.float16}
 
 @backend.kernel("dequantize_4bit", devices={"cpu"}, dtypes=DTYPES)
 def dequantize_4bit(packed, absmax, codebook, blocksize, nested, *, out):
+    """Fill `out` with codebook[code] * absmax."""
     kernels.dequantize_4bit(packed, absmax, codebook, blocksize, nested, out)
 
 
@@ -38,6 +39,7 @@ def _fits(call):
 
 @backend.kernel("gemm_4bit", devices={"cpu"}, dtypes=DTYPES, when=_fits, scratch=_weight_bytes)
 def gemm_4bit(x, packed, absmax, codebook, blocksize, N, K, bias, nested, *, out, scratch):
+    """Fill `out` with x W^T + bias."""
     weight = scratch.view(torch.float32).view(N, K)
     kernels.dequantize_4bit(packed, absmax, codebook, blocksize, nested, weight)
     kernels.matmul(x.view(-1, K), weight, bias, out.view(-1, N))
@@ -45,4 +47,5 @@ def gemm_4bit(x, packed, absmax, codebook, blocksize, N, K, bias, nested, *, out
 
 @hookimpl
 def bnb_backends():
+    """Provide the backend."""
     return [backend]
