@@ -245,7 +245,9 @@ def test_parameters_exchanged_in_a_group():
     [
         ({"lr": -1.0}, "AdamW: lr is -1.0; it must be at least 0"),
         ({"lr": math.nan}, "lr is nan"),
-        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\); there must be 2, each at least 0 and below 1"),
+        ({"betas": (0.9,)}, r"betas are \(0.9,\)"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas are \(0.9, 0.99, 0.999\)"),
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"optim_bits": 16}, "optim_bits is 16; it must be 32 or 8"),
