@@ -1,6 +1,7 @@
 """Modules with quantized weights, and their parameters."""
 
 from bnb_core.nn.embedding import Embedding, StableEmbedding
+from bnb_core.nn.experts import Experts4bit, Routing
 from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4
 from bnb_core.nn.linear8bit import Linear8bitLt
 from bnb_core.nn.parameters import Int8Params, Params4bit
@@ -12,11 +13,13 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Experts4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
     "Params4bit",
+    "Routing",
     "StableEmbedding",
 ]
