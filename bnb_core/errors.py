@@ -74,3 +74,11 @@ class StorageError(BnbError, OSError):
 
 class CaptureError(BnbError, RuntimeError):
     """A call cannot be captured in a CUDA graph, because a replay would not do the same."""
+
+
+class NotProvidedError(BnbError, NotImplementedError):
+    """Something of bitsandbytes that bnb_core has on purpose not, such as a handle of its C library, is used."""
+
+
+class InstalledBitsandbytesError(BnbError, RuntimeError):
+    """The real bitsandbytes is where its name is to mean bnb_core."""

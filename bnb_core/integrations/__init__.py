@@ -1,1 +1,1 @@
-"""What connects bnb_core with models and checkpoints that other libraries made."""
+"""What connects bnb_core with models, checkpoints and programs that other libraries made."""

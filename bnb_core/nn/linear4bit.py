@@ -7,10 +7,9 @@ from typing import Any, Optional, Tuple
 import torch
 
 from bnb_core.errors import InvalidArgumentError
-from bnb_core.nn.module4bit import Module4bit
+from bnb_core.nn.module4bit import Module4bit, require_compute_dtype
 from bnb_core.nn.parameters import Params4bit, plain_data
 from bnb_core.ops import gemm_4bit
-from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.quantization.codebooks import get_4bit_type
 from bnb_core.quantization.layout import as_bytes
 
@@ -54,11 +53,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         device: Any = None,
     ) -> None:
         get_4bit_type(quant_type, "cpu")  # one that does not exist is refused now, not when the model moves
-        if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
-            raise InvalidArgumentError(
-                f"{type(self).__name__}: compute_dtype is {compute_dtype}; it must be torch.float32, torch.float16 or "
-                "torch.bfloat16, or None for the dtype of each input"
-            )
+        require_compute_dtype(type(self).__name__, compute_dtype)
         super().__init__(input_features, output_features, bias, device)
         self.quant_storage = quant_storage
         self.compute_dtype = compute_dtype

@@ -7,9 +7,10 @@ from typing import Any, Dict, List, Mapping, Optional, Set
 
 import torch
 
-from bnb_core.errors import NotQuantizedError
+from bnb_core.errors import InvalidArgumentError, NotQuantizedError
 from bnb_core.nn.parameters import Params4bit, map_quant_state
 from bnb_core.nn.quantized_module import QuantizedModule
+from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.quantization.checkpoint import PACKED_PREFIX
 from bnb_core.quantization.state import QuantState
 
@@ -91,6 +92,20 @@ class Module4bit(QuantizedModule):
         new = weight._like(source if assign else source.clone(), module=self, quant_state=None, bnb_quantized=False)
         self._replace_weight(new.to(weight.device) if quantized else new, assign)
         return {"weight"}
+
+
+def require_compute_dtype(module: str, dtype: Optional[torch.dtype]) -> None:
+    """Refuse dtypes that products with a 4-bit weight are not computed in.
+
+    Args:
+        module: name of the module's class.
+        dtype: None for the dtype of each input.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InvalidArgumentError(
+            f"{module}: compute_dtype is {dtype}; it must be torch.float32, torch.float16 or torch.bfloat16, or None for the dtype "
+            "of each input"
+        )
 
 
 def missing_statistics(saved: Mapping[str, Any], quant_type: Optional[str]) -> List[str]:

@@ -18,6 +18,7 @@ from bnb_core.errors import CheckpointError, MissingParameterError, ParameterTyp
 from bnb_core.nn.module4bit import missing_statistics
 from bnb_core.nn.parameters import Params4bit, map_quant_state
 from bnb_core.nn.quantized_module import cast_dtype, move_bytes
+from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.ops.plain import ordinary_execution
 from bnb_core.quantization.four_bit import dequantize_4bit, quantize_4bit
 from bnb_core.quantization.layout import as_bytes
@@ -37,26 +38,31 @@ class Bnb4bitParametrization(torch.nn.Module):
     def __init__(self, quant_state: QuantState) -> None:
         super().__init__()
         self.quant_state = quant_state
+        #: What is read; the statistics' dtype is the same, but for dtypes that nothing is quantized from.
+        self.dtype: torch.dtype = quant_state.dtype
         # By thread: how many forwards of the module it is in, one within the other, and what it has dequantized in them.
         self._forwards: Dict[int, int] = {}
         self._kept: Dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
-        """Return the values, of the shape and dtype that `quant_state` has.
+        """Return the values, of the shape that `quant_state` has, and in the dtype that the module has been cast to.
 
         Args:
             quantized_param: packed codes, uint8 [(n + 1) // 2, 1].
         """
         if not ordinary_execution():
-            return dequantize_4bit(as_bytes(quantized_param), self.quant_state)
+            return self._dequantize(quantized_param)
         thread = get_ident()
         values = self._kept.get(thread)
         if values is None:
-            values = dequantize_4bit(as_bytes(quantized_param), self.quant_state)
+            values = self._dequantize(quantized_param)
             if thread in self._forwards:
                 self._kept[thread] = values
         return values
+
+    def _dequantize(self, packed: torch.Tensor) -> torch.Tensor:
+        return dequantize_4bit(as_bytes(packed), self.quant_state).to(self.dtype)
 
     def _enter(self) -> None:
         thread = get_ident()
@@ -75,7 +81,9 @@ class Bnb4bitParametrization(torch.nn.Module):
         state = self.quant_state
         with torch.no_grad():
             self.quant_state = map_quant_state(state, lambda tensor: move_bytes(fn, tensor))
-            self.quant_state.dtype = cast_dtype(fn, state.dtype, state.absmax.device)
+            self.dtype = cast_dtype(fn, self.dtype, state.absmax.device)
+        if self.dtype in FLOAT_DTYPES:
+            self.quant_state.dtype = self.dtype
         return self
 
 
@@ -92,7 +100,7 @@ def replace_parameter_4bit(
     has no gradient. State dicts have the entries that those of `Linear4bit` have, under the parameter's name, and are loaded
     strictly; floating-point values that are loaded are quantized.
 
-    From torch 2.0 on, values that are read several times in one forward of `module` are dequantized once.
+    From torch 2.1 on, values that are read several times in one forward of `module` are dequantized once.
 
     Args:
         module: any module.
@@ -242,7 +250,9 @@ def _load(
             return
         if not assign:
             state = map_quant_state(state, torch.clone)
-    if not assign:
+    if assign:
+        parametrization.dtype = state.dtype
+    else:
         state.dtype = former.dtype
     parametrization.quant_state = state
     packed = as_bytes(packed).view(-1, 1)

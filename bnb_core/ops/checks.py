@@ -5,7 +5,7 @@ They read dtypes, shapes, devices and numbers, never the elements of a tensor, s
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Optional, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
@@ -121,20 +121,24 @@ def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: to
         require_shape(op, "bias", bias, features)
 
 
-def require_dense(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Refuse sparse and nested tensors, whose elements do not lie in memory by strides."""
-    if tensor.layout != torch.strided:
-        raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
-    if getattr(tensor, "is_nested", False):
-        raise InvalidArgumentError(f"{op}: {name} is a nested tensor; pass its tensors one by one, or padded")
+def require_dense(op: str, tensors: Sequence[torch.Tensor], names: Callable[[], Sequence[str]]) -> None:
+    """Refuse sparse and nested tensors, whose elements do not lie in memory by strides. `names` is asked for messages only."""
+    for at, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            name = names()[at]
+            raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
+        if getattr(tensor, "is_nested", False):
+            raise InvalidArgumentError(f"{op}: {names()[at]} is a nested tensor; pass its tensors one by one, or padded")
 
 
-def require_one_device(op: str, tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
-    """Refuse tensors, given with their names, that are not all on one device."""
-    places = [(name, tensor.device) for name, tensor in tensors]
-    if any(device != places[0][1] for _, device in places):
-        listed = ", ".join(f"{name} on {device}" for name, device in places)
-        raise InvalidArgumentError(f"{op}: tensors are on different devices ({listed}); move them to one")
+def require_one_device(op: str, tensors: Sequence[torch.Tensor], names: Callable[[], Sequence[str]]) -> None:
+    """Refuse tensors that are not all on one device. `names` is asked for messages only."""
+    for at, tensor in enumerate(tensors):
+        if tensor.device != tensors[0].device:
+            raise InvalidArgumentError(
+                f"{op}: tensors are on different devices ({names()[0]} on {tensors[0].device}, {names()[at]} on {tensor.device}); "
+                "move them to one"
+            )
 
 
 def require_out(op: str, name: str, out: Any, shape: Tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:

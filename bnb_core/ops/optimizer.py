@@ -9,7 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
-from bnb_core.ops.outputs import Output, contiguous_strides
+from bnb_core.ops.outputs import Output, contiguous_strides, mark_written
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
@@ -33,7 +33,7 @@ class OptimizerStep(StructuredOp):
         if out is not None:
             raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
         args = conform(self.spec, args)
-        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+        if ordinary_execution() and is_plain(tensors_of(self.spec, args)):
             self.run(*args)
         else:
             self.dispatch(args)
@@ -56,6 +56,7 @@ class OptimizerStep(StructuredOp):
     def run_checked(self, *args: Any) -> None:
         """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
         self._run_kernel(args, args[0][0])
+        mark_written(args[0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
@@ -178,16 +179,16 @@ def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
     return tensor.stride() == strides or all(x == y for x, y, size in zip(tensor.stride(), strides, tensor.shape) if size != 1)
 
 
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
     if len(grads) != len(params):
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if (
-            param.numel()
-            and 0 in param.stride()
-            and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape))
-        ):
+        if _is_expanded(param):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"

@@ -10,8 +10,8 @@ from typing import Any, Callable, Iterable, Set
 
 import torch
 
-#: Whether `torch.ops.bnb.*` exist. Older torch has no way to register the autograd of an op that is needed here; there, every
-#: call runs directly.
+#: Whether `torch.ops.bnb.*` exist. Older torch has no way to register the autograd of an op that is needed here; there, calls run
+#: directly or, where that would be wrong, not at all.
 REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp) if REGISTERED else ()
@@ -28,11 +28,13 @@ def add_plain_type(cls: type) -> type:
 
 
 def _make_ordinary_execution() -> Callable[[], bool]:
-    if not REGISTERED:
-        return lambda: True
-    dispatch_modes = torch._C._len_torch_dispatch_stack
-    functorch_level = torch._C._functorch.maybe_current_level
     tracing_state = torch._C._get_tracing_state
+    if not hasattr(torch._C, "_functorch"):
+        return lambda: tracing_state() is None
+    functorch_level = torch._C._functorch.maybe_current_level
+    if not REGISTERED:
+        return lambda: tracing_state() is None and functorch_level() is None
+    dispatch_modes = torch._C._len_torch_dispatch_stack
     forward_ad = torch.autograd.forward_ad
 
     def ordinary_execution() -> bool:

@@ -18,6 +18,9 @@ from bnb_core.optim.state_formats import FORMATS, Slots, format_of
 #: Options of the whole optimizer. A parameter group or `GlobalOptimManager` may set them for some parameters.
 GENERAL_OPTIONS = ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")
 
+#: Fields of `Hyperparameters` with their types: float, int or bool.
+_KINDS = {name: type(default) for name, default in zip(Hyperparameters._fields, Hyperparameters())}
+
 _NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value", *GENERAL_OPTIONS[1:3])
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -90,8 +93,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def hyperparameters(self, options: Mapping[str, Any]) -> Hyperparameters:
         """Translate options to what the op takes: those of the same name, and betas one by one."""
-        fields = {name: options[name] for name in Hyperparameters._fields if options.get(name) is not None}
-        fields.update(zip(("beta1", "beta2", "beta3"), options.get("betas", ())))
+        fields: Dict[str, Any] = {name: kind(options[name]) for name, kind in _KINDS.items() if options.get(name) is not None}
+        fields.update(zip(("beta1", "beta2", "beta3"), map(float, options.get("betas", ()))))
         return Hyperparameters(decoupled_weight_decay=self.decoupled_weight_decay, **fields)
 
     def slots_for(self, hyperparameters: Hyperparameters) -> Slots:

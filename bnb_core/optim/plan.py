@@ -54,7 +54,7 @@ class Call(NamedTuple):
     def run(self, algorithm: str) -> None:
         """Update the parameters."""
         step = self.step.to(self.device) if self.on_device else int(self.step)
-        lr = self.lr.to(self.device, torch.float32).reshape(()) if isinstance(self.lr, torch.Tensor) else self.lr
+        lr = self.lr.to(self.device, torch.float32).reshape(()) if isinstance(self.lr, torch.Tensor) else float(self.lr)
         self.batch.step(self.grads, algorithm, self.hyperparameters, step, lr)
 
 

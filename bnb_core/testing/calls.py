@@ -114,8 +114,8 @@ def _step_8bit(dtype: torch.dtype, rows: int) -> Arguments:
     signed, unsigned = (cases.codebooks(256)[name] for name in ("dynamic", "dynamic_unsigned"))
     codes1, absmax1 = quantize_states(m, signed)
     codes2, absmax2 = quantize_states(v, unsigned)
-    states, scales = (codes1, codes2, []), (absmax1, absmax2, [])
-    return (params, grads, *states, *scales, signed, unsigned, None, "adam", ADAM, 3, 0.1, OPTIMIZER_BLOCKSIZE)
+    states: Arguments = (codes1, codes2, [], absmax1, absmax2, [])
+    return (params, grads, *states, signed, unsigned, None, "adam", ADAM, 3, 0.1, OPTIMIZER_BLOCKSIZE)
 
 
 def quantize_states(

@@ -35,7 +35,7 @@ def pairwise(**factors: Sequence[Any]) -> List[Case]:
         row = dict(min(missing))
         for name in names:
             if name not in row:
-                row[name] = max(choices[name], key=lambda i: len(_pairs({**row, name: i}, names) & missing))  # noqa: B023
+                row[name] = max(choices[name], key=lambda i: len(_pairs({**row, name: i}, names) & missing))
         missing -= _pairs(row, names)
         rows.append(Case(**{name: factors[name][row[name]] for name in names}))
     return rows
@@ -148,17 +148,11 @@ def _around_midpoints(
     absmax = as_numpy(as_torch(largest[block].astype(np.float32), dtype))
     midpoints = np.clip(_midpoints(codebook), -1, 1)
     x = as_torch((midpoints[rng.integers(0, len(midpoints), n)] * absmax).astype(np.float32), dtype)
-    nudged = (_bits(x) + torch.from_numpy(rng.integers(-1, 2, n))).to(_BITS[dtype]).view(dtype)
-    nudged = torch.where((x != 0) & (nudged.abs() <= torch.from_numpy(absmax).to(dtype)), nudged, x)
-    x = as_numpy(nudged)
-    return np.where(np.arange(n) % blocksize == 0, absmax, x)
-
-
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(_BITS[x.dtype]).long()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    nudged = as_numpy((x.view(bits) + torch.from_numpy(rng.integers(-1, 2, n)).to(bits)).view(dtype))
+    unnudged = as_numpy(x)
+    x_near = np.where((unnudged != 0) & (np.abs(nudged) <= absmax), nudged, unnudged)
+    return np.where(np.arange(n) % blocksize == 0, absmax, x_near)
 
 
 def _subnormal(rng: np.random.Generator, n: int, blocksize: int, dtype: torch.dtype, *_: Any) -> np.ndarray:
@@ -275,9 +269,7 @@ def weight_4bit(
         return Weight4bit(packed, torch.from_numpy(absmax), codebooks(16)[codebook], blocksize, None)
     codes = rng.integers(0, 256, blocks).astype(np.uint8)
     nested_absmax = (rng.uniform(0.1, 1, -(-codes.size // nested_blocksize)) * scale).astype(np.float32)
-    nested = Nested(
-        torch.from_numpy(nested_absmax), codebooks(256)["dynamic"], torch.tensor(1.5 * scale), nested_blocksize
-    )
+    nested = Nested(torch.from_numpy(nested_absmax), codebooks(256)["dynamic"], torch.tensor(1.5 * scale), nested_blocksize)
     return Weight4bit(packed, torch.from_numpy(codes), codebooks(16)[codebook], blocksize, nested)
 
 
@@ -339,7 +331,7 @@ def integers(shape: Tuple[int, ...], magnitude: int) -> torch.Tensor:
     return torch.from_numpy(random("integers", shape, magnitude).integers(-magnitude, magnitude + 1, shape).astype(np.int32))
 
 
-# -------------------------------------------------------------------------------------------------------------------- scales of blocks
+# ---------------------------------------------------------------------------------------------------------------- scales of blocks
 
 #: Kinds of scales to dequantize with: products overflow with "huge" ones and are subnormal with "tiny" ones.
 ABSMAX: Dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -355,7 +347,7 @@ def absmax(kind: str, count: int) -> torch.Tensor:
     return torch.from_numpy(ABSMAX[kind](random("absmax", kind, count), count).astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows for LLM.int8
+# --------------------------------------------------------------------------------------------------------------- rows for LLM.int8
 
 
 def _outliers(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:

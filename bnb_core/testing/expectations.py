@@ -35,7 +35,7 @@ def _product(name: str, product: oracle.Product) -> Check:
     return lambda results: assert_product(results[0], product, name)
 
 
-# ------------------------------------------------------------------------------------------------------------- blocks and 4-bit weights
+# --------------------------------------------------------------------------------------------------------- blocks and 4-bit weights
 
 
 def _quantize_blockwise(x: torch.Tensor, codebook: torch.Tensor, blocksize: int) -> Check:
@@ -152,9 +152,7 @@ def _grouped_gemm_4bit(
 
 def _int8_quantize_rows(x: torch.Tensor, threshold: float) -> Check:
     codes, absmax, outlier_mask = oracle.int8_quantize_rows(as_numpy(x), threshold)
-    return _exact(
-        ("codes", "absmax", "outlier_mask"), (codes, torch.int8), (absmax, torch.float32), (outlier_mask, torch.bool)
-    )
+    return _exact(("codes", "absmax", "outlier_mask"), (codes, torch.int8), (absmax, torch.float32), (outlier_mask, torch.bool))
 
 
 def _int8_quantize_rows_cols(x: torch.Tensor, threshold: float) -> Check:

@@ -72,9 +72,7 @@ class Arena:
                     else f"{name}: memory at element {at} was written, which is not of the tensor's {tensor.numel()} elements"
                 )
 
-    def _place(
-        self, shape: Tuple[int, ...], strides: Tuple[int, ...], dtype: torch.dtype
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _place(self, shape: Tuple[int, ...], strides: Tuple[int, ...], dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
         extent = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
         itemsize = torch.empty(0, dtype=dtype).element_size()
         memory = self._poisoned((extent + 2 * self._placement.margin) * itemsize)

@@ -52,7 +52,8 @@ def step(
     elif h.weight_decay:
         g = g + p * h.weight_decay
 
-    before = tuple(None if state is None else Rounded.exact(state) for state in states)
+    first, second, third = (None if state is None else Rounded.exact(state) for state in states)
+    before = (first, second, third)
     u, after = _RULES[algorithm](h, t, g, before)
     u = u.where(~alone, 0.0)
 
@@ -63,8 +64,8 @@ def step(
             u = u * (limit / size)
 
     p = (p - u * lr).where(~alone, param)
-    kept = [None if b is None or a is None else a.where(~alone, b) for a, b in zip(after, before)]
-    return Step(p, (kept[0], kept[1], kept[2]))
+    first, second, third = (None if b is None or a is None else a.where(~alone, b) for a, b in zip(after, before))
+    return Step(p, (first, second, third))
 
 
 def _adam(h: Hyperparameters, t: int, g: Rounded, states: States) -> Tuple[Rounded, States]:

@@ -48,9 +48,9 @@ def nearest_codes(s: Array, codebook: Array) -> Array:
 def quantize_blockwise(x: Array, codebook: Array, blocksize: int) -> Tuple[Array, Array]:
     """Return the code of each element, uint8 of x's shape, and the absmax of each block."""
     blocks = -(-x.size // blocksize)
-    rows = np.zeros(blocks * blocksize, _f32)
-    rows[: x.size] = x.reshape(-1)
-    rows = rows.reshape(blocks, blocksize)
+    padded = np.zeros(blocks * blocksize, _f32)
+    padded[: x.size] = x.reshape(-1)
+    rows = padded.reshape(blocks, blocksize)
     absmax = np.abs(rows).max(axis=1, initial=0)  # a NaN wins
     scale = _f32(1) / np.maximum(absmax, _f32(ABSMAX_FLOOR))
     codes = nearest_codes(rows * scale[:, None], codebook)
@@ -130,7 +130,7 @@ def int8_quantize_rows(x: Array, threshold: float) -> Tuple[Array, Array, Array]
     outliers = magnitude >= threshold if threshold > 0 else np.zeros(x.shape, bool)
     absmax = np.where(quantized, magnitude, _f32(0)).max(axis=1, initial=0)
     codes = _int8_codes(x, absmax[:, None])
-    outlier_columns = outliers.any(axis=0)
+    outlier_columns = np.any(outliers, axis=0)
     codes[:, outlier_columns] = 0
     return codes, absmax, outlier_columns
 
@@ -173,9 +173,7 @@ def int8_linear(x: Array, codes: Array, absmax: Array, bias: Optional[Array], th
     """Quantize the rows of x, multiply, add the outlier columns of x times the dequantized weight, and add the bias."""
     x_codes, x_absmax, outlier_columns = int8_quantize_rows(x, threshold)
     scaled = int8_matmul_dequant(int8_matmul(x_codes, codes), x_absmax, absmax, bias)
-    terms = int8_matmul_dequant(
-        np.abs(x_codes.astype(np.int64)) @ np.abs(codes.astype(np.int64)).T, x_absmax, absmax, None
-    )
+    terms = int8_matmul_dequant(np.abs(x_codes.astype(np.int64)) @ np.abs(codes.astype(np.int64)).T, x_absmax, absmax, None)
     outliers = product(x[:, outlier_columns], int8_dequantize(codes, absmax)[:, outlier_columns])
     return Product(scaled.y + outliers.y, terms.y + outliers.magnitude, max(x.shape[1], _SCALING))
 

@@ -90,7 +90,7 @@ class Report:
         written_for = "{}.{}".format(*get_backend(name).api_version)
         lines = [
             f"bnb: bnb-core {versions['bnb_core']}, backend API {versions['api_version']}, torch {versions['torch']}",
-            f"bnb backend: {name} ({_distribution(name)}, written for backend API {written_for}), "
+            f"bnb backend: {name} ({_distribution(name)}; written for backend API {written_for}), "
             f"device: {self._config.getoption('--bnb-device') or 'default'}",
         ]
         from bnb_core.backends import environment, list_backends
@@ -100,9 +100,9 @@ class Report:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count one phase of one test."""
-        found = dict(report.user_properties).get(PROPERTY)
-        if found:
-            name, device, op, dtype = found
+        properties: Dict[str, Any] = dict(report.user_properties)
+        if PROPERTY in properties:
+            name, device, op, dtype = properties[PROPERTY]
             if name not in self._results:
                 self._results[name] = _Results(device)
             self._results[name].add(report, op, dtype)
@@ -113,9 +113,7 @@ class Report:
             terminalreporter.write_line(f"{name}: {results.summary()}", red=bool(results.failures), green=not results.failures)
         path = self._config.getoption("--bnb-report")
         if path and self._results:
-            backends = {
-                name: {"distribution": _distribution(name), **results.as_dict()} for name, results in self._results.items()
-            }
+            backends = {name: {"distribution": _distribution(name), **results.as_dict()} for name, results in self._results.items()}
             Path(path).write_text(json.dumps({**_versions(), "backends": backends}, indent=2) + "\n")
 
 
@@ -131,4 +129,3 @@ def _distribution(backend: str) -> str:
     from bnb_core.backends import list_backends
 
     return next((entry.distribution for entry in list_backends() if entry.name == backend), "gone")
-

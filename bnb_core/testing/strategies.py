@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 from bnb_core.ops.spec import BLOCKSIZES_4BIT
 from bnb_core.testing import cases
 
-_WIDTH = {torch.float32: 32, torch.float16: 16}
-
 
 def floats(dtype: torch.dtype) -> "st.SearchStrategy[float]":
     """Any value of a dtype: subnormal numbers, infinities and NaN included."""
     if dtype == torch.bfloat16:
         patterns = st.integers(-(2**15), 2**15 - 1)
         return patterns.map(lambda bits: torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16).item())
-    return st.floats(width=_WIDTH[dtype])
+    return st.floats(width=16 if dtype == torch.float16 else 32)
 
 
 @st.composite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
 import pytest
 import torch
@@ -104,28 +104,29 @@ class KernelUnderTest:
         """Run the op once, as `runs` does first."""
         return self._run(args, PLACEMENTS[0])
 
+    def call(self, *args: Any) -> Any:
+        """Call the op as a user does, without guards, on its tensors moved to the device."""
+        return self._call([value.to(self.device) if isinstance(value, torch.Tensor) else value for value in args], None)
+
     def _run(self, args: Tuple[Any, ...], placement: Placement) -> Results:
         arena = Arena(placement, self.device)
         placed = [_place(arena, parameter, value) for parameter, value in zip(self.spec.parameters, args)]
         shapes = structured_op(self.spec.name).meta(*placed)
-        outputs = tuple(
-            arena.empty(name, tuple(shape), dtype) for (name, _), (shape, dtype) in zip(self.spec.outputs, shapes)
-        )
-        try:
-            self._subject.call(self.spec.name, *placed, out=outputs[0] if len(outputs) == 1 else outputs or None)
-        except OpNotSupportedError:
-            self._skip_if_refused(placed)
-            raise
+        outputs = tuple(arena.empty(name, tuple(shape), dtype) for (name, _), (shape, dtype) in zip(self.spec.outputs, shapes))
+        self._call(placed, outputs[0] if len(outputs) == 1 else outputs or None)
         arena.check()
         updated = [value for parameter, value in zip(self.spec.parameters, placed) if parameter.mutated]
         return tuple(output.cpu() for output in outputs) + tuple([tensor.cpu() for tensor in tensors] for tensors in updated)
 
-
-    def _skip_if_refused(self, args: List[Any]) -> None:
-        """Skip the test if the kernel's `when` refuses this call."""
-        reason = self.backend.kernels[self.spec.name].refusal_of(Call(self.spec, tuple(args)))
-        if reason:
-            self._subject.refuse(f"{self.backend.name} refuses {self.spec.name}: {reason}")
+    def _call(self, args: Sequence[Any], out: Any) -> Any:
+        """Call the op; skip the test if the kernel's `when` refuses."""
+        try:
+            return self._subject.call(self.spec.name, *args, out=out)
+        except OpNotSupportedError:
+            reason = self.backend.kernels[self.spec.name].refusal_of(Call(self.spec, tuple(args)))
+            if reason:
+                self._subject.refuse(f"{self.backend.name} refuses {self.spec.name}: {reason}")
+            raise
 
 
 class _Alone(Selection):
@@ -150,8 +151,8 @@ def _place(arena: Arena, parameter: Parameter, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return arena.copy(parameter.name, value, parameter.mutated)
     if isinstance(value, Nested):
-        fields: List[Any] = [arena.copy(f"nested.{field}", tensor) for field, tensor in zip(Nested._fields, value[:3])]
-        return Nested(*fields, value.blocksize)
+        absmax, codebook, offset = (arena.copy(f"nested.{name}", tensor) for name, tensor in zip(Nested._fields, value[:3]))
+        return Nested(absmax, codebook, offset, value.blocksize)
     if parameter.kind == "tensors":
         return [arena.copy(f"{parameter.name}[{i}]", tensor, parameter.mutated) for i, tensor in enumerate(value)]
     return value

@@ -1,5 +1,6 @@
 """Gradients of the ops that are linear in their first argument, and of their bias, against float64 matrices."""
 
+import functools
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bnb_core import ops
-from bnb_core.backends import set_backend, use_backend
+from bnb_core.backends import Backend, get_backend, register, set_backend, use_backend
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.plain import REGISTERED
 from bnb_core.ops.spec import OPS
@@ -62,7 +63,7 @@ def exact(dequantized):
     def dequantized_scales(absmax, nested):
         if nested is None:
             return absmax
-        groups = torch.arange(absmax.numel()).view(absmax.shape) // nested.blocksize
+        groups = torch.tensor([block // nested.blocksize for block in range(absmax.numel())]).view(absmax.shape)
         return nested.codebook[absmax.long()] * nested.absmax[groups] + nested.offset
 
     return compute
@@ -201,6 +202,28 @@ def test_writing_to_out_is_a_change_that_autograd_sees(example_call):
         y.backward()
 
 
+@pytest.mark.parametrize("op", ["optimizer_step_32bit_", "optimizer_step_8bit_blockwise_"])
+def test_a_step_is_a_change_that_autograd_sees(op, example_call):
+    """Whatever wrote to the parameter: a native kernel does so behind torch's back."""
+    backend = Backend("silent", api_version=(1, 0), priority=-1)
+    kernel = get_backend("reference").kernels[op]
+
+    @backend.kernel(op, devices={"cpu"}, dtypes=[torch.float32])
+    @functools.wraps(kernel.function)
+    def write_unseen(params, *args, **keywords):
+        kernel.function([param.data for param in params], *args, **keywords)
+
+    register(backend)
+    params, *rest = example_call(op)
+    before = params[0].clone()
+    y = (torch.ones_like(params[0]).requires_grad_() * params[0]).sum()
+    with use_backend("silent"):
+        getattr(ops, op)(params, *rest)
+    assert not torch.equal(params[0], before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_a_weight_that_changed_is_noticed(example_call):
     x, packed, *rest = example_call("gemm_4bit")
     y = ops.gemm_4bit(x.requires_grad_(), packed, *rest)
@@ -270,6 +293,7 @@ def test_saved_tensors_may_be_moved_away(example_call):
     assert torch.equal(x.grad, 2 * gradient)
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type")  # old torch, where there is no GPU
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(reentrant, example_call, register_recorder):
     recorder = register_recorder("recorder")
@@ -285,6 +309,22 @@ def test_checkpoint(reentrant, example_call, register_recorder):
     checkpoint(block, x, use_reentrant=reentrant).sum().backward()
     assert torch.equal(x.grad, gradient)
     assert recorder.ran == ["gemm_4bit", "gemm_4bit", "gemm_4bit_transposed"]
+
+
+@needs_registration
+def test_compiled_autograd(example_call):
+    """A backward that the compiler takes over as a whole, of an eager forward."""
+    from torch._dynamo import compiled_autograd
+
+    x, *rest = example_call("gemm_4bit")
+    x.requires_grad_()
+    ops.gemm_4bit(x, *rest).sum().backward()
+    gradient, x.grad = x.grad, None
+    with use_backend("reference"):
+        y = ops.gemm_4bit(x, *rest)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.sum().backward()
+    assert torch.equal(x.grad, gradient)
 
 
 @needs_registration

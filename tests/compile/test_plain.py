@@ -159,6 +159,17 @@ def test_ordinary_execution_ends_where_anything_else_begins(example_call):
         assert ordinary_execution(), "the op's device is that of its tensors"
 
 
+@pytest.mark.skipif(REGISTERED, reason="this torch has the ops")
+def test_old_torch_traces_no_op(example_call):
+    """It would record the result for this one input."""
+    from bnb_core.errors import OpNotSupportedError
+
+    x, *rest = example_call("gemm_4bit")
+    with pytest.raises(OpNotSupportedError, match="need torch 2"):
+        torch.jit.trace(lambda x: ops.gemm_4bit(x, *rest), x)
+    assert ops.gemm_4bit(x, *rest).shape == (2, 4, 6)
+
+
 # ------------------------------------------------------------------------------------------------- modes that an op must not notice
 
 

@@ -12,7 +12,10 @@ from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.plain import REGISTERED
 from bnb_core.ops.spec import OPS
 
-pytestmark = pytest.mark.skipif(not REGISTERED, reason="torch.ops.bnb needs torch 2.4")
+pytestmark = [
+    pytest.mark.skipif(not REGISTERED, reason="torch.ops.bnb needs torch 2.4"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0"),
+]
 
 if REGISTERED:
     from torch._functorch.aot_autograd import aot_export_module
@@ -82,6 +85,13 @@ def test_make_fx_of_a_gradient(call):
     torch.testing.assert_close(graph(x.flip(0)), gradient(x.flip(0)))
 
 
+def test_symbolic_trace(call):
+    x, *rest = call
+    graph = torch.fx.symbolic_trace(lambda x: ops.gemm_4bit(x, *rest))
+    assert called(graph.graph) == [torch.ops.bnb.gemm_4bit.default]
+    assert torch.equal(graph(x.flip(0)), ops.gemm_4bit(x.flip(0), *rest))
+
+
 def test_a_graph_may_be_copied(call, register_recorder):
     x, *rest = call
     register_recorder("other", factor=2)
@@ -95,7 +105,7 @@ def test_a_graph_may_be_copied(call, register_recorder):
 # ------------------------------------------------------------------------------------------------------------------ torch.jit.trace
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_jit_trace(call, register_recorder):
     register_recorder("other", factor=2)
     linear = Linear(call)
@@ -112,7 +122,7 @@ def test_jit_trace(call, register_recorder):
     assert torch.equal(torch.jit.load(file)(x), 2 * expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_jit_trace_of_a_backward(call):
     linear = Linear(call)
     traced = torch.jit.trace(linear, call[0])

@@ -11,7 +11,7 @@ from bnb_core.ops.spec import OPS
 pytestmark = [
     pytest.mark.skipif(not REGISTERED, reason="torch.ops.bnb needs torch 2.4"),
     # torch's own forward mode, which scripts its decompositions at first use
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
 ]
 
 if REGISTERED:

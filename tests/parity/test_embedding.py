@@ -1,7 +1,5 @@
 """Embeddings against those of bitsandbytes: the same codes and the same rows."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -12,11 +10,6 @@ peer = pytest.importorskip("bitsandbytes")
 
 ROWS, DIM = 40, 128
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAMES = ["Embedding", "StableEmbedding", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"]
-
-
-def parameters(function):
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
 def pair(name, *args, **kwargs):
@@ -28,11 +21,6 @@ def pair(name, *args, **kwargs):
         module.load_state_dict(source.state_dict(), strict=False)
         modules.append(module.to("cpu"))
     return modules
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_signatures(name):
-    assert parameters(getattr(nn, name)) == parameters(getattr(peer.nn, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""The conformance suite fails a backend that is wrong, on the test that is about what is wrong, and passes the same one made right."""
+"""The conformance suite fails a backend with one fault, on the test that is about it, and passes the same backend without."""
 
 import json
 import os

@@ -26,7 +26,7 @@ def fault(*ops: str, caught_by: str, among: str = "") -> Callable[[Wrapper], Wra
     """Define a wrong backend: the decorated function makes a wrong kernel of a right one."""
 
     def add(wrapper: Wrapper) -> Wrapper:
-        FAULTS[wrapper.__name__] = Fault({op: wrapper for op in ops}, caught_by, among)
+        FAULTS[wrapper.__name__] = Fault(dict.fromkeys(ops, wrapper), caught_by, among)
         return wrapper
 
     return add
@@ -347,9 +347,7 @@ def decay_after_the_update(right):
     def kernel(params, grads, state1, state2, state3, algorithm, hyperparameters, step, lr):
         h = hyperparameters
         late = h.decoupled_weight_decay and not h.skip_zeros
-        right(
-            params, grads, state1, state2, state3, algorithm, h._replace(weight_decay=0.0) if late else h, step, lr
-        )
+        right(params, grads, state1, state2, state3, algorithm, h._replace(weight_decay=0.0) if late else h, step, lr)
         for param in params:
             if late:
                 param.copy_(param.float() * (1 - lr * h.weight_decay))

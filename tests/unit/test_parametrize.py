@@ -346,6 +346,9 @@ def test_casts_leave_the_codes_alone_and_change_what_is_read():
         module.to(dtype)
         assert torch.equal(module.weight, values.to(dtype))
         assert torch.equal(module.state_dict()["weight"], codes)
+    assert torch.equal(module.double().weight, values.double())
+    assert module(torch.randn(1, 4, 5).double()).dtype == torch.float64
+    assert not any(quantized(torch.nn.Conv1d(4, 6, 3)).load_state_dict(module.state_dict()))
     assert module.bfloat16()(torch.randn(1, 4, 5).bfloat16()).dtype == torch.bfloat16
 
 

@@ -1,6 +1,7 @@
 """The tests that every backend must pass.
 
-Run them with `pytest --pyargs bnb_core.testing.conformance --bnb-backend NAME`, or keep them in a backend's own tests with one line:
+Run them with `pytest --pyargs bnb_core.testing.conformance --bnb-backend NAME`, or keep them in a backend's own tests with one
+line:
 
     from bnb_core.testing.conformance import *  # noqa: F403
 
@@ -17,4 +18,4 @@ from bnb_core.testing.conformance.test_optimizer import *  # noqa: F403
 from bnb_core.testing.conformance.test_product import *  # noqa: F403
 from bnb_core.testing.conformance.test_random import *  # noqa: F403
 
-__all__ = sorted(name for name, value in list(globals().items()) if name.startswith("test_") and callable(value))  # noqa: PLE0605
+__all__ = sorted(name for name, value in list(globals().items()) if name.startswith("test_") and callable(value))

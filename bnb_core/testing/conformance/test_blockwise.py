@@ -15,9 +15,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 1, 100)
 @for_ops("quantize_blockwise")
 @pytest.mark.parametrize(
     "case",
-    cases.pairwise(
-        blocksize=BLOCKSIZES, codebook=cases.CODEBOOKS_8BIT, values=tuple(cases.KINDS), size=range(cases.SIZES)
-    ),
+    cases.pairwise(blocksize=BLOCKSIZES, codebook=cases.CODEBOOKS_8BIT, values=tuple(cases.KINDS), size=range(cases.SIZES)),
     ids=str,
 )
 def test_quantize_blockwise(bnb_kernel: KernelUnderTest, case: cases.Case) -> None:

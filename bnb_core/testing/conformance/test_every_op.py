@@ -13,6 +13,7 @@ from bnb_core.backends import get_backend
 from bnb_core.errors import BackendError, OpNotSupportedError
 from bnb_core.ops.spec import OPS, Nested
 from bnb_core.testing.calls import plain_call
+from bnb_core.testing.expectations import expectation
 from bnb_core.testing.subject import KernelUnderTest, Results, Subject, for_ops
 from bnb_core.testing.tolerances import assert_identical
 
@@ -53,6 +54,16 @@ def _with_gaps(value: Any) -> Any:
     return torch.stack((value, value), -1)[..., 0]
 
 
+@for_ops(*(op for op in PRODUCTS if op != "int8_matmul_dequant"))
+def test_argument_that_requires_grad(bnb_kernel: KernelUnderTest) -> None:
+    """Kernels see the tensor with its flag; the derivative is the core's."""
+    args = plain_call(bnb_kernel.spec.name, bnb_kernel.dtype)
+    check = expectation(bnb_kernel.spec, args)
+    result = bnb_kernel.call(args[0].requires_grad_(), *args[1:])
+    assert result.requires_grad
+    check([result.detach()])
+
+
 @for_ops(*EXACT)
 def test_same_bits_as_the_reference_backend(bnb_kernel: KernelUnderTest) -> None:
     """On more elements than the oracle is asked about. Where it is not installed, or is what is tested, the oracle answers."""
@@ -89,10 +100,12 @@ def test_same_bits_with_any_number_of_threads(bnb_kernel: KernelUnderTest) -> No
 
 
 @for_ops(*PRODUCTS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_product_with_any_number_of_threads(bnb_kernel: KernelUnderTest, threads: int) -> None:
-    with _threads(threads):
-        bnb_kernel.verify(*plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, LARGE))
+def test_product_with_any_number_of_threads(bnb_kernel: KernelUnderTest) -> None:
+    args = plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, LARGE)
+    check = expectation(bnb_kernel.spec, args)
+    for count in (1, 2, 3):
+        with _threads(count):
+            check(bnb_kernel.run(*args))
 
 
 @for_ops(*OPS)
@@ -100,9 +113,7 @@ def test_two_callers_at_once(bnb_kernel: KernelUnderTest) -> None:
     calls = [plain_call(bnb_kernel.spec.name, bnb_kernel.dtype, scale) for scale in (2, 4)]
     alone = [bnb_kernel.run(*args) for args in calls]
     with ThreadPoolExecutor(2) as pool:
-        together: List[List[Results]] = list(
-            pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls)
-        )
+        together: List[List[Results]] = list(pool.map(lambda args: [bnb_kernel.run(*args) for _ in range(4)], calls))
     for expected, found in zip(alone, together):
         for results in found:
             _assert_same(results, expected)

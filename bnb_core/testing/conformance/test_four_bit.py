@@ -13,9 +13,7 @@ from bnb_core.testing.subject import KernelUnderTest, for_ops
 @for_ops("quantize_4bit")
 @pytest.mark.parametrize(
     "case",
-    cases.pairwise(
-        blocksize=BLOCKSIZES_4BIT, codebook=cases.CODEBOOKS_4BIT, values=tuple(cases.KINDS), size=range(cases.SIZES)
-    ),
+    cases.pairwise(blocksize=BLOCKSIZES_4BIT, codebook=cases.CODEBOOKS_4BIT, values=tuple(cases.KINDS), size=range(cases.SIZES)),
     ids=str,
 )
 def test_quantize_4bit(bnb_kernel: KernelUnderTest, case: cases.Case) -> None:
@@ -41,9 +39,7 @@ def test_quantize_4bit_shape(bnb_kernel: KernelUnderTest, shape: "tuple[int, ...
 @for_ops("dequantize_4bit")
 @pytest.mark.parametrize(
     "case",
-    cases.pairwise(
-        blocksize=BLOCKSIZES_4BIT, codebook=cases.CODEBOOKS_4BIT, absmax=tuple(cases.ABSMAX), size=range(cases.SIZES)
-    ),
+    cases.pairwise(blocksize=BLOCKSIZES_4BIT, codebook=cases.CODEBOOKS_4BIT, absmax=tuple(cases.ABSMAX), size=range(cases.SIZES)),
     ids=str,
 )
 def test_dequantize_4bit(bnb_kernel: KernelUnderTest, case: cases.Case) -> None:

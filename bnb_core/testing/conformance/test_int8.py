@@ -10,13 +10,13 @@ import torch
 from bnb_core.testing import cases
 from bnb_core.testing.subject import KernelUnderTest, for_ops
 
-SHAPES = ((1, 1), (1, 7), (5, 1), (3, 33), (17, 64), (2, 1031), (65, 130))
+MATRICES = ((1, 1), (1, 7), (5, 1), (3, 33), (17, 64), (2, 1031), (65, 130))
 
 
 @for_ops("int8_quantize_rows", "int8_quantize_rows_cols")
 @pytest.mark.parametrize(
     "case",
-    cases.pairwise(shape=(*SHAPES, (0, 5), (4, 0)), values=tuple(cases.INT8_KINDS), threshold=(0.0, 6.0, 0.5, 1e30)),
+    cases.pairwise(shape=(*MATRICES, (0, 5), (4, 0)), values=tuple(cases.INT8_KINDS), threshold=(0.0, 6.0, 0.5, 1e30)),
     ids=str,
 )
 def test_int8_quantize(bnb_kernel: KernelUnderTest, case: cases.Case) -> None:
@@ -60,7 +60,7 @@ def test_int8_matmul_dequant(bnb_kernel: KernelUnderTest, case: cases.Case) -> N
 
 
 @for_ops("int8_dequantize_rows")
-@pytest.mark.parametrize("case", cases.pairwise(shape=(*SHAPES, (0, 5), (4, 0)), absmax=tuple(cases.ABSMAX)), ids=str)
+@pytest.mark.parametrize("case", cases.pairwise(shape=(*MATRICES, (0, 5), (4, 0)), absmax=tuple(cases.ABSMAX)), ids=str)
 def test_int8_dequantize_rows(bnb_kernel: KernelUnderTest, case: cases.Case) -> None:
     bnb_kernel.verify(cases.int8_codes(case.shape, -128), cases.absmax(case.absmax, case.shape[0]), bnb_kernel.dtype)
 

@@ -12,9 +12,9 @@ from bnb_core.testing import cases
 from bnb_core.testing.subject import KernelUnderTest, for_ops
 
 #: Rows and columns of the weight: odd, no multiples of blocksizes, blocks that straddle rows, rows within one block, whole tiles.
-SHAPES = ((1, 1), (3, 5), (7, 33), (16, 64), (5, 97), (33, 127), (64, 256), (2, 1031), (129, 70), (8, 4096))
+WEIGHTS = ((1, 1), (3, 5), (7, 33), (16, 64), (5, 97), (33, 127), (64, 256), (2, 1031), (129, 70), (8, 4096))
 FACTORS = {
-    "shape": SHAPES,
+    "shape": WEIGHTS,
     "blocksize": BLOCKSIZES_4BIT,
     "rows": (0, 1, 2, 3, 5, 8, 17, 64),
     "values": ("normal", "positive", "cancelling", "spiky"),

@@ -108,6 +108,9 @@ class _State8bit:
         quantize_blockwise(values, self._codebook, self._blocksize, out=(self._codes[elements], self._absmax[blocks]))
 
 
+#: Pieces are as much smaller than those of other kernels, because a rule has that many more tensors of them at once.
+_TENSORS_AT_ONCE = 8
+
 _State = Union[_State32bit, _State8bit]
 
 
@@ -156,7 +159,7 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Work out the step of each piece, writing nothing."""
     h = rule.hyperparameters
-    for elements, blocks in pieces(param.numel(), blocksize, max(piece_size(param.device), blocksize)):
+    for elements, blocks in pieces(param.numel(), blocksize, max(piece_size(param.device) // _TENSORS_AT_ONCE, blocksize)):
         p, g = param[elements].float(), grad[elements].float()
         updated = torch.isfinite(g)
         if h.skip_zeros:
