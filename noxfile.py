@@ -117,6 +117,14 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def memory(session: nox.Session) -> None:
+    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, and check how little memory that takes."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.run("python", "tests/reliability/quantize_memory.py", session.create_tmp(), *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install("ruff>=0.14")
