@@ -20,9 +20,7 @@ GUIDE = ROOT / "docs" / "write-a-backend.md"
 BLOCK = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 FILES = [
     "pyproject.toml",
-    "src/bnb_numpy/__init__.py",
-    "src/bnb_numpy/backend.py",
-    "src/bnb_numpy/kernels.py",
+    *(f"src/bnb_numpy/{name}.py" for name in ("__init__", "backend", "kernels")),
     "tests/test_conformance.py",
 ]
 
@@ -41,7 +39,7 @@ def test_conformance():
         env={**environment, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        universal_newlines=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
     assert "\nnumpy: 2 of 19 ops, 4 of 55 (op, dtype) pairs, 0 failures, " in done.stdout
