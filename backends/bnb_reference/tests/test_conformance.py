@@ -12,7 +12,7 @@ def bnb_backend_name():
 
 @pytest.fixture
 def _clean_backends():
-    """Leave the registry alone: the suite changes nothing there, and looking for backends after each of its tests takes long."""
+    """Leave the registry alone: the suite changes nothing there, and its tests are too many to look for backends after each."""
 
 
 @pytest.fixture
