@@ -153,5 +153,5 @@ def bench(session: nox.Session) -> None:
     """Measure the reference backend against bitsandbytes' pure-Python path; writes benchmarks/results/."""
     install_torch(session)
     install_editable(session, *PACKAGES)
-    session.install(*PEERS)
+    session.install("bitsandbytes==0.50.2", "scipy")
     session.run("python", "benchmarks/reference_vs_bitsandbytes.py", *session.posargs)
