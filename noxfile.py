@@ -72,7 +72,7 @@ def tests(session: nox.Session) -> None:
     run_pytest(session, *session.posargs)
 
 
-@nox.session(python=["3.8", "3.13"])
+@nox.session(python=["3.8", "3.13"], venv_backend="venv")  # virtualenv makes none for Python 3.8 any more
 def compat(session: nox.Session) -> None:
     """Run the tests on the oldest and on the newest Python and torch."""
     install_torch(session)
