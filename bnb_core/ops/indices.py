@@ -18,6 +18,4 @@ def check_index_values(op: str, indices: torch.Tensor, rows: int) -> None:
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= rows:
-            raise InvalidArgumentError(
-                f"{op}: index {low if low < 0 else high} is out of range; indices must be in [0, {rows})"
-            )
+            raise InvalidArgumentError(f"{op}: index {low if low < 0 else high} is out of range; indices must be in [0, {rows})")

@@ -93,10 +93,10 @@ REFUSED = [
     ("grouped_gemm_4bit_transposed", "offsets", lambda o: o * 2, "offsets[3] is 8; offsets must rise from 0 to 4"),
     ("embedding_4bit", "indices", lambda i: i.float(), "indices are torch.float32; cast them to torch.int64 or torch.int32"),
     ("embedding_4bit", "indices", lambda i: i.byte(), "indices are torch.uint8; cast them"),
-    ("embedding_4bit", "indices", lambda i: i * 0 + 6, "index 6 is outside the table; indices must be in [0, 6)"),
-    ("embedding_4bit", "indices", lambda i: -1 - i * 0, "index -1 is outside the table; indices must be in [0, 6)"),
+    ("embedding_4bit", "indices", lambda i: i * 0 + 6, "index 6 is out of range; indices must be in [0, 6)"),
+    ("embedding_4bit", "indices", lambda i: -1 - i * 0, "index -1 is out of range; indices must be in [0, 6)"),
     ("embedding_4bit", "num_embeddings", -1, "num_embeddings is -1; it must be 0 or more"),
-    ("embedding_8bit", "indices", lambda i: i * 0 + 6, "index 6 is outside the table"),
+    ("embedding_8bit", "indices", lambda i: i * 0 + 6, "index 6 is out of range"),
     ("embedding_8bit", "codes", lambda c: c.byte(), "codes is torch.uint8; it must be torch.int8"),
     ("int8_quantize_rows", "x", lambda x: x[None], "x has shape [1, 4, 35]; it must have two dimensions; flatten the others first"),
     ("int8_quantize_rows", "threshold", -1.0, "threshold is -1.0; it must be 0.0 (no outliers) or positive"),
@@ -355,4 +355,4 @@ def test_no_experts_but_tokens():
 
 def test_an_empty_table_has_no_row():
     args = (torch.zeros(1, dtype=torch.int64), *NO_WEIGHT, 0, 5, torch.float32)
-    assert "index 0 is outside the table; indices must be in [0, 0)" in error_of("embedding_4bit", args)
+    assert "index 0 is out of range; indices must be in [0, 0)" in error_of("embedding_4bit", args)
