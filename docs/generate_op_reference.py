@@ -60,7 +60,7 @@ def _op(op: OpSpec) -> str:
     parts = [
         f"## `{op.name}`",
         op.summary,
-        f"```python\n{op.name}({kernel})  # the kernel\n```",
+        f"Kernel: `{op.name}({kernel})`",
         _table(("parameter", "kind", "dtype and shape", ""), (_parameter(parameter) for parameter in op.parameters)),
     ]
     if op.outputs:

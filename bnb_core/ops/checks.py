@@ -153,10 +153,15 @@ def require_out(op: str, name: str, out: Any, shape: Tuple[Any, ...], dtype: tor
         raise InvalidArgumentError(
             f"{op}: out for {name} requires grad, and no gradient passes through out; detach it or use torch.no_grad()"
         )
-    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape)):
+    if is_expanded(out):
         raise InvalidArgumentError(
             f"{op}: out for {name} has strides {list(out.stride())}, so that elements share memory; pass an expanded tensor's clone"
         )
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Say whether elements share memory, as those of an expanded tensor do."""
+    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
 
 
 def ceil_div(numerator: Any, denominator: Any) -> Any:
