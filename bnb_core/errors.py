@@ -13,6 +13,14 @@ class InvalidArgumentError(BnbError, ValueError):
     """An argument has a value, dtype, shape or device that the function does not take."""
 
 
+class MissingParameterError(InvalidArgumentError, AttributeError):
+    """A module has no parameter of the name that is given."""
+
+
+class ParameterTypeError(InvalidArgumentError, TypeError):
+    """What is named as a module's parameter is something else."""
+
+
 class ConfigurationError(BnbError, ValueError):
     """A `BNB_*` environment variable, or a call that sets the same, has a value that is not accepted."""
 
@@ -60,5 +68,17 @@ class CheckpointError(BnbError, ValueError):
     """A saved quantized state is incomplete, inconsistent or not of this format."""
 
 
+class StorageError(BnbError, OSError):
+    """A file cannot be read or written: no space is left, or permission is lacking."""
+
+
 class CaptureError(BnbError, RuntimeError):
     """A call cannot be captured in a CUDA graph, because a replay would not do the same."""
+
+
+class NotProvidedError(BnbError, NotImplementedError):
+    """Something of bitsandbytes that bnb_core has on purpose not, such as a handle of its C library, is used."""
+
+
+class InstalledBitsandbytesError(BnbError, RuntimeError):
+    """The real bitsandbytes is where its name is to mean bnb_core."""

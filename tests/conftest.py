@@ -113,6 +113,10 @@ def example_call():
     return make
 
 
+def _groups(n, size):
+    return torch.tensor([i // size for i in range(n)], dtype=torch.int64)
+
+
 @pytest.fixture
 def dequantized():
     """Compute the float64 values of a 4-bit tensor, from the definition: `dequantized(packed, absmax, codebook, blocksize, n)`."""
@@ -122,9 +126,9 @@ def dequantized():
         codes = torch.stack((packed >> 4, packed & 15), 1).reshape(-1)[:n].long()
         scales = absmax.reshape(-1)
         if nested is not None:
-            groups = torch.arange(scales.numel()) // nested.blocksize
+            groups = _groups(scales.numel(), nested.blocksize)
             scales = nested.codebook[scales.long()] * nested.absmax[groups] + nested.offset
-        return codebook.double()[codes] * scales.double()[torch.arange(n) // blocksize]
+        return codebook.double()[codes] * scales.double()[_groups(n, blocksize)]
 
     return compute
 
@@ -133,12 +137,13 @@ def dequantized():
 def register_recorder():
     """Register a backend that runs the reference's kernels: `register_recorder(name, factor=1)`.
 
-    It lists the ops that it ran in `ran`. An output that is floating-point is multiplied by `factor`.
+    It lists the ops that it ran in `ran`, and what they were to fill in `outs`. An output that is floating-point is multiplied by
+    `factor`. It is only used where it is asked for.
     """
 
     def make(name, factor=1):
-        backend = Backend(name, api_version=(1, 0))
-        backend.ran = []
+        backend = Backend(name, api_version=(1, 0), priority=-1)
+        backend.ran, backend.outs = [], []
         for op, kernel in get_backend("reference").kernels.items():
             dtypes = [getattr(torch, dtype) for dtype in kernel.dtypes]
             backend.kernel(op, devices={ANY_DEVICE}, dtypes=dtypes)(_recorded(backend, op, kernel.function, factor))
@@ -151,9 +156,10 @@ def register_recorder():
 def _recorded(backend, op, function, factor):
     @functools.wraps(function)
     def run(*args, **keywords):
-        backend.ran.append(op)
-        function(*args, **keywords)
         out = keywords.get("out")
+        backend.ran.append(op)
+        backend.outs.append(out)
+        function(*args, **keywords)
         if factor != 1 and isinstance(out, torch.Tensor) and out.is_floating_point():
             out.mul_(factor)
 

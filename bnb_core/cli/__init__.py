@@ -13,6 +13,8 @@ import bnb_core
 COMMANDS: Mapping[str, Tuple[str, str]] = {
     "demo": ("bnb_core.cli.demo", "Quantize a real model, train with 8-bit AdamW, and write a report with plots."),
     "doctor": ("bnb_core.cli.doctor", "Show backends, who runs which op, and what is wrong."),
+    "quantize": ("bnb_core.cli.quantize", "Quantize a checkpoint on disk, in little memory; resumable."),
+    "run": ("bnb_core.cli.run", "Run a program for which bitsandbytes is bnb_core."),
 }
 
 

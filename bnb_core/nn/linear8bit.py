@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Optional, Tuple
 
 import torch
 
-from bnb_core.errors import CheckpointError, InvalidArgumentError, NotQuantizedError
+from bnb_core.errors import InvalidArgumentError, NotQuantizedError
+from bnb_core.nn.module8bit import Module8bit
 from bnb_core.nn.parameters import Int8Params, plain_data
-from bnb_core.nn.quantized_module import QuantizedModule
 from bnb_core.ops import int8_linear
 from bnb_core.quantization.products import MatmulLtState, matmul
 
-#: What a checkpoint's `weight_format` says of row-major codes, the only ones since bitsandbytes 0.46.
-_ROW_FORMATS = (0, "row")
 
-
-class Linear8bitLt(QuantizedModule, torch.nn.Linear):
+class Linear8bitLt(Module8bit, torch.nn.Linear):
     """A linear layer that multiplies in int8.
 
     Without `has_fp16_weights`, load floating-point weights, then move the module to a device (`.to(device)`, `.cuda()`, `.cpu()`):
@@ -76,7 +73,8 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
             NotQuantizedError: the weight is codes without scales.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, bias, threshold = self.weight, self.bias, self.state.threshold
+        weight, threshold = self.weight, self.state.threshold
+        bias: Optional[torch.Tensor] = self.bias
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
         absmax = self._statistics(weight)
@@ -99,79 +97,5 @@ class Linear8bitLt(QuantizedModule, torch.nn.Linear):
             self.state.CB, self.state.SCB = self.weight.data, self.weight.SCB
             self.weight.CB = self.weight.SCB = None
 
-    # ---------------------------------------------------------------------------------------------------------------- statistics
-
-    def _statistics(self, weight: Any) -> Optional[torch.Tensor]:
-        if weight.dtype != torch.int8:
-            return None
-        absmax = getattr(weight, "SCB", None)
-        return self.state.SCB if absmax is None else absmax
-
-    def _keep_statistics(self, statistics: torch.Tensor) -> None:
-        weight, state = self.weight, self.state
-        state.SCB = statistics
-        if isinstance(weight, Int8Params):
-            weight.SCB = None if weight.SCB is None else statistics
-            weight.CB = None if weight.CB is None else weight.data
-        state.CB = None if state.CB is None else weight.data
-
-    def _map_statistics(self, statistics: torch.Tensor, move: Any) -> torch.Tensor:
-        return move(statistics)
-
-    def _adopt(self, weight: torch.Tensor) -> None:
-        if isinstance(weight, Int8Params):
-            self.state.CB, self.state.SCB = None, weight.SCB
-
-    # --------------------------------------------------------------------------------------------------------------- checkpoints
-
-    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        absmax = self._statistics(self.weight)
-        if absmax is not None:
-            destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
-
-    def _load_weight(self, entries: Dict[str, Any], assign: bool, missing: List[str], errors: List[str]) -> Set[str]:
-        source, weight = entries["weight"].data, self.weight
-        done = {"weight_format"} & set(entries)
-        _require_row_format(entries.get("weight_format", "row"))
-        if source.dtype == torch.int8:
-            done |= {"SCB"} & set(entries)
-        if tuple(source.shape) != (self.out_features, self.in_features):
-            return done
-        if source.dtype != torch.int8:
-            quantized = self._statistics(self.weight) is not None
-            if not isinstance(weight, Int8Params) or not (assign or quantized):
-                return done
-            new = weight._like(source if assign else source.clone(), CB=None, SCB=None)
-            self._replace_weight(new.to(weight.device) if quantized else new, assign)
-            return {"weight", *done}
-        if "SCB" not in done:
-            missing.append("SCB")
-            return {"weight", *done}
-        absmax = self._checked_scales(entries["SCB"])
-        device = source.device if assign or weight.is_meta else weight.device
-        codes, absmax = (tensor.to(device, copy=not assign) for tensor in (source, absmax))
-        self._replace_weight(Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax), assign)
-        return {"weight", *done}
-
-    def _checked_scales(self, absmax: Any) -> torch.Tensor:
-        if self.state.has_fp16_weights:
-            raise CheckpointError(
-                "the checkpoint has int8 codes, but the module keeps its weight in floating point; "
-                "construct it with has_fp16_weights=False"
-            )
-        if not isinstance(absmax, torch.Tensor) or absmax.dtype != torch.float32 or tuple(absmax.shape) != (self.out_features,):
-            found = f"{absmax.dtype} {list(absmax.shape)}" if isinstance(absmax, torch.Tensor) else f"a {type(absmax).__name__}"
-            raise CheckpointError(f"SCB is {found}; it must be torch.float32 [{self.out_features}]")
-        return absmax
-
-
-def _require_row_format(weight_format: Any) -> None:
-    if isinstance(weight_format, torch.Tensor):
-        weight_format = weight_format.tolist()
-    if weight_format not in _ROW_FORMATS:
-        raise CheckpointError(
-            f"weight_format is {weight_format!r}; only row-major codes, 0 or 'row', can be loaded. Save the model again with "
-            "bitsandbytes 0.45, which can still read the others"
-        )
+    def _weight_shape(self) -> Tuple[int, ...]:
+        return self.out_features, self.in_features

@@ -6,18 +6,19 @@ Their attributes are the contract with other libraries, which rebuild a paramete
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple, TypeVar, Union
 
 import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.ops import int8_quantize_rows
-from bnb_core.ops.plain import REGISTERED, add_plain_type
+from bnb_core.ops.plain import REGISTERED, add_plain_type, is_compiling
 from bnb_core.quantization.four_bit import quantize_4bit
 from bnb_core.quantization.state import QuantState
 
 if TYPE_CHECKING:
-    from bnb_core.nn.linear4bit import Linear4bit
+    from bnb_core.nn.module4bit import Module4bit
 
 _Self = TypeVar("_Self", bound="QuantizedParameter")
 
@@ -25,7 +26,6 @@ _Self = TypeVar("_Self", bound="QuantizedParameter")
 _TorchFunctionOff: Any = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
 _get_data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _set_data: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack if REGISTERED else lambda: 0
 
 #: Casts of floating-point values, which packed codes that are stored as such are not.
@@ -36,7 +36,7 @@ _PARTITIONS = frozenset((torch.chunk, torch.split, torch.Tensor.chunk, torch.Ten
 def plain_data(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter's data as an ordinary tensor that shares its memory."""
     with _TorchFunctionOff():
-        if _is_compiling():
+        if is_compiling():
             return tensor.detach()  # the compiler takes `_get_data` for the property of the classes here, and would never return
         if _dispatch_modes():
             with torch._C._DisableTorchDispatch():  # tracers refuse classes that they do not know
@@ -192,7 +192,7 @@ class Params4bit(QuantizedParameter):
     quant_state: Optional[QuantState]
     quant_storage: torch.dtype
     bnb_quantized: bool
-    module: Optional["Linear4bit"]
+    module: Optional["Module4bit"]
 
     def __new__(
         cls,
@@ -203,7 +203,7 @@ class Params4bit(QuantizedParameter):
         compress_statistics: bool = True,
         quant_type: str = "fp4",
         quant_storage: torch.dtype = torch.uint8,
-        module: Optional["Linear4bit"] = None,
+        module: Optional["Module4bit"] = None,
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> "Params4bit":
@@ -228,7 +228,7 @@ class Params4bit(QuantizedParameter):
         quantized_stats: Mapping[str, Any],
         requires_grad: bool = False,
         device: Union[torch.device, str, int] = "cuda",
-        module: Optional["Linear4bit"] = None,
+        module: Optional["Module4bit"] = None,
         **kwargs: Any,
     ) -> "Params4bit":
         """Build a parameter from the tensors of a checkpoint.
@@ -245,14 +245,12 @@ class Params4bit(QuantizedParameter):
             CheckpointError: the statistics are not complete, or do not fit each other or the data.
         """
         state = QuantState.from_dict(quantized_stats, device=device)
-        elements = 1
-        for size in state.shape or ():
-            elements *= size
-        stored = data.numel() * data.element_size()
-        if stored != (elements + 1) // 2:
+        shape = list(state.shape or ())
+        stored, needed = data.numel() * data.element_size(), (math.prod(shape) + 1) // 2
+        if stored != needed:
             raise CheckpointError(
-                f"the packed weight has {stored} bytes, but its statistics are of shape {list(state.shape or ())}, "
-                f"which takes {(elements + 1) // 2}; both must come from one checkpoint"
+                f"the packed weight has {stored} bytes, but its statistics are of shape {shape}, which takes {needed}; "
+                "both must come from one checkpoint"
             )
         described = {
             "quant_state": state,
@@ -356,6 +354,7 @@ class Int8Params(QuantizedParameter):
         return not self.has_fp16_weights
 
     def _quantize(self, device: torch.device, dtype: Optional[torch.dtype]) -> None:
+        # The dtype is noted nowhere: products take the input's, and dequantized weights are float32.
         codes, absmax, _ = int8_quantize_rows(self.data.to(device))
         self.requires_grad_(False)
         self.data = self.CB = codes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Set
+from typing import Any, Callable, Dict, List, Set, Tuple
 
 import torch
 
@@ -22,6 +22,10 @@ class QuantizedModule(torch.nn.Module):
     """
 
     weight: Any
+
+    def _weight_shape(self) -> Tuple[int, ...]:
+        """Return the shape of the weight before it is quantized."""
+        raise NotImplementedError
 
     def _statistics(self, weight: Any) -> Any:
         """Return what belongs to the weight's codes; None if the weight is not quantized."""
@@ -120,7 +124,7 @@ class QuantizedModule(torch.nn.Module):
         if was_meta and not self.weight.is_meta:
             self._bring_along(rest, prefix)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if "weight" in done:
+        if "weight" in done and strict:
             missing_keys.remove(f"{prefix}weight")
         missing_keys.extend(prefix + name for name in missing)
 
@@ -142,3 +146,8 @@ def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:
     if moved.dtype != torch.uint8:
         moved = data.to(moved.device)
     return moved.view(tensor.dtype).view(tensor.shape)
+
+
+def cast_dtype(move: _Move, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that what `torch.nn.Module` moves or casts tensors by makes of tensors of this dtype."""
+    return move(torch.empty(1, dtype=dtype, device=device)).dtype

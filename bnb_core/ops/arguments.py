@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Sequence, Tuple
 import torch
 
 from bnb_core.errors import InvalidArgumentError
+from bnb_core.ops.plain import is_compiling
 from bnb_core.ops.spec import Hyperparameters, Nested, OpSpec, Parameter
 
 #: Python's numbers, and those that stand for them while torch traces. A bool is no number here.
@@ -31,7 +32,9 @@ def conform(spec: OpSpec, args: Sequence[Any]) -> Tuple[Any, ...]:
 
 
 def _refuse(op: str, parameter: Parameter, value: Any, accepted: str) -> InvalidArgumentError:
-    given = type(value).__name__ if isinstance(value, (torch.Tensor, list, tuple, dict)) else f"{value!r} ({type(value).__name__})"
+    given = f"of type {type(value).__name__}"
+    if value is None or isinstance(value, (numbers.Number, str)):
+        given = f"{value!r}, {given}" if value is not None else "None"
     return InvalidArgumentError(f"{op}: {parameter.name} is {given}; pass {accepted}{' or None' if parameter.optional else ''}")
 
 
@@ -59,7 +62,8 @@ def _int(op: str, parameter: Parameter, value: Any) -> Any:
 def _ints(op: str, parameter: Parameter, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise _refuse(op, parameter, value, "a sequence of ints")
-    return torch.Size([_int(op, parameter, size) for size in value])
+    sizes = [_int(op, parameter, size) for size in value]
+    return tuple(sizes) if is_compiling() else torch.Size(sizes)
 
 
 def _float(op: str, parameter: Parameter, value: Any) -> Any:

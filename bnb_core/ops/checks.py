@@ -5,7 +5,7 @@ They read dtypes, shapes, devices and numbers, never the elements of a tensor, s
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Optional, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
@@ -55,9 +55,9 @@ def require_features(op: str, name: str, tensor: torch.Tensor, features: Any) ->
 
 
 def require_numel(op: str, name: str, tensor: torch.Tensor, numel: Any, why: str) -> None:
-    """Refuse a tensor with another number of elements."""
+    """Refuse a tensor with another number of elements. `why` names no size: in a string, a symbolic size becomes a constant."""
     if tensor.numel() != numel:
-        raise InvalidArgumentError(f"{op}: {name} has {tensor.numel()} elements; {why} needs {numel}")
+        raise InvalidArgumentError(f"{op}: {name} has {tensor.numel()} elements; it must have {numel}, {why}")
 
 
 def require_sizes(op: str, **sizes: Any) -> None:
@@ -85,9 +85,14 @@ def require_blocksize_4bit(op: str, blocksize: Any) -> None:
         raise InvalidArgumentError(f"{op}: blocksize is {blocksize}; it must be one of {', '.join(map(str, BLOCKSIZES_4BIT))}")
 
 
-def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested] = None) -> None:
+def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any) -> None:
+    """Refuse block scales that are not one float32 a block."""
+    require_dtype(op, "absmax", absmax, torch.float32)
+    require_numel(op, "absmax", absmax, blocks, "one for each block")
+
+
+def require_block_scales_4bit(op: str, absmax: torch.Tensor, blocks: Any, nested: Optional[Nested]) -> None:
     """Refuse block scales that do not fit the number of blocks, plain (float32) or nested (uint8)."""
-    why = f"a tensor of {blocks} blocks"
     if nested is None:
         if absmax.dtype != torch.float32:
             hint = "; pass `nested` too, or dequantize the scales first" if absmax.dtype == torch.uint8 else ""
@@ -99,15 +104,14 @@ def require_block_scales(op: str, absmax: torch.Tensor, blocks: Any, nested: Opt
         require_dtype(op, "nested.offset", nested.offset, torch.float32)
         require_numel(op, "nested.offset", nested.offset, 1, "one offset for all scales")
         require_blocksize(op, nested.blocksize, "nested.blocksize")
-        scales = ceil_div(blocks, nested.blocksize)
-        require_numel(op, "nested.absmax", nested.absmax, scales, f"{why}, {nested.blocksize} to a scale,")
-    require_numel(op, "absmax", absmax, blocks, why)
+        require_numel(op, "nested.absmax", nested.absmax, ceil_div(blocks, nested.blocksize), "one for nested.blocksize scales")
+    require_numel(op, "absmax", absmax, blocks, "one for each block")
 
 
 def require_row_scales(op: str, absmax: torch.Tensor, rows: Any, name: str = "absmax") -> None:
     """Refuse row scales that are not one float32 a row."""
     require_dtype(op, name, absmax, torch.float32)
-    require_numel(op, name, absmax, rows, f"one scale for each of {rows} rows or columns")
+    require_numel(op, name, absmax, rows, "one for each row or column")
 
 
 def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: torch.dtype) -> None:
@@ -117,20 +121,24 @@ def require_bias(op: str, bias: Optional[torch.Tensor], features: Any, dtype: to
         require_shape(op, "bias", bias, features)
 
 
-def require_dense(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Refuse sparse and nested tensors, whose elements do not lie in memory by strides."""
-    if tensor.layout != torch.strided:
-        raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
-    if getattr(tensor, "is_nested", False):
-        raise InvalidArgumentError(f"{op}: {name} is a nested tensor; pass its tensors one by one, or padded")
+def require_dense(op: str, tensors: Sequence[torch.Tensor], names: Callable[[], Sequence[str]]) -> None:
+    """Refuse sparse and nested tensors, whose elements do not lie in memory by strides. `names` is asked for messages only."""
+    for at, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            name = names()[at]
+            raise InvalidArgumentError(f"{op}: {name} has layout {tensor.layout}; pass a dense tensor, as `{name}.to_dense()` is")
+        if getattr(tensor, "is_nested", False):
+            raise InvalidArgumentError(f"{op}: {names()[at]} is a nested tensor; pass its tensors one by one, or padded")
 
 
-def require_one_device(op: str, tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
-    """Refuse tensors, given with their names, that are not all on one device."""
-    places = [(name, tensor.device) for name, tensor in tensors]
-    if any(device != places[0][1] for _, device in places):
-        listed = ", ".join(f"{name} on {device}" for name, device in places)
-        raise InvalidArgumentError(f"{op}: tensors are on different devices ({listed}); move them to one")
+def require_one_device(op: str, tensors: Sequence[torch.Tensor], names: Callable[[], Sequence[str]]) -> None:
+    """Refuse tensors that are not all on one device. `names` is asked for messages only."""
+    for at, tensor in enumerate(tensors):
+        if tensor.device != tensors[0].device:
+            raise InvalidArgumentError(
+                f"{op}: tensors are on different devices ({names()[0]} on {tensors[0].device}, {names()[at]} on {tensor.device}); "
+                "move them to one"
+            )
 
 
 def require_out(op: str, name: str, out: Any, shape: Tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:

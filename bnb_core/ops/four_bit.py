@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Optional, Sequence, Tuple
 
 import torch
@@ -29,8 +30,8 @@ def _check_packed(
     checks.require_dtype(op, "packed", packed, torch.uint8)
     checks.require_codebook(op, codebook, 16)
     checks.require_blocksize_4bit(op, blocksize)
-    checks.require_numel(op, "packed", packed, (n + 1) // 2, f"two codes a byte for {n} elements")
-    checks.require_block_scales(op, absmax, checks.ceil_div(n, blocksize), nested)
+    checks.require_numel(op, "packed", packed, (n + 1) // 2, "one byte for two elements")
+    checks.require_block_scales_4bit(op, absmax, checks.ceil_div(n, blocksize), nested)
 
 
 def _dequantize_meta(
@@ -106,7 +107,7 @@ def _check_experts(
     checks.require_codebook(op, codebook, 16)
     checks.require_blocksize_4bit(op, blocksize)
     blocks = checks.ceil_div(N * K, blocksize)
-    checks.require_block_scales(op, absmax, experts * blocks, nested)
+    checks.require_block_scales_4bit(op, absmax, experts * blocks, nested)
     checks.require_shape(op, "absmax", absmax, experts, blocks)
     checks.require_dtype(op, "offsets", offsets, torch.int32)
     checks.require_shape(op, "offsets", offsets, experts + 1)
@@ -149,14 +150,17 @@ def _grouped_transposed_meta(
 
 
 def _check_offsets(
-    x: torch.Tensor, packed: Any, absmax: Any, codebook: Any, blocksize: Any, offsets: torch.Tensor, *rest: Any
+    op: str, x: torch.Tensor, packed: Any, absmax: Any, codebook: Any, blocksize: Any, offsets: torch.Tensor, *rest: Any
 ) -> None:
-    values = offsets.tolist()
-    tokens = x.shape[0]
-    if values[0] != 0 or values[-1] != tokens or sorted(values) != values:
-        raise InvalidArgumentError(
-            f"grouped 4-bit product: offsets {values} must rise from 0 to {tokens}, the number of tokens; sort the tokens by expert"
-        )
+    values, tokens = offsets.tolist(), x.shape[0]
+    if values[0] == 0 and values[-1] == tokens and sorted(values) == values:
+        return
+    falling = next((i for i in range(1, len(values)) if values[i] < values[i - 1]), len(values) - 1)
+    wrong = falling if values[0] == 0 else 0
+    raise InvalidArgumentError(
+        f"{op}: offsets[{wrong}] is {values[wrong]}; offsets must rise from 0 to {tokens}, the number of tokens, which are sorted "
+        "by expert"
+    )
 
 
 def _embedding_meta(
@@ -188,9 +192,17 @@ _quantize = StructuredOp("quantize_4bit", _quantize_meta)
 _dequantize = StructuredOp("dequantize_4bit", _dequantize_meta)
 _gemm = StructuredOp("gemm_4bit", _gemm_meta, adjoint="gemm_4bit_transposed", rowwise=True)
 _gemm_transposed = StructuredOp("gemm_4bit_transposed", _gemm_transposed_meta, adjoint="gemm_4bit", rowwise=True)
-_grouped = StructuredOp("grouped_gemm_4bit", _grouped_meta, adjoint="grouped_gemm_4bit_transposed", check_values=_check_offsets)
+_grouped = StructuredOp(
+    "grouped_gemm_4bit",
+    _grouped_meta,
+    adjoint="grouped_gemm_4bit_transposed",
+    check_values=partial(_check_offsets, "grouped_gemm_4bit"),
+)
 _grouped_transposed = StructuredOp(
-    "grouped_gemm_4bit_transposed", _grouped_transposed_meta, adjoint="grouped_gemm_4bit", check_values=_check_offsets
+    "grouped_gemm_4bit_transposed",
+    _grouped_transposed_meta,
+    adjoint="grouped_gemm_4bit",
+    check_values=partial(_check_offsets, "grouped_gemm_4bit_transposed"),
 )
 _embedding = StructuredOp("embedding_4bit", _embedding_meta, rowwise=True, check_values=_check_embedding_values)
 
@@ -343,7 +355,7 @@ def grouped_gemm_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or offset that is not accepted.
     """
-    return _grouped(x, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    return _grouped.call((x, packed, absmax, codebook, blocksize, offsets, N, K, nested))
 
 
 def grouped_gemm_4bit_transposed(
@@ -369,7 +381,7 @@ def grouped_gemm_4bit_transposed(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or offset that is not accepted.
     """
-    return _grouped_transposed(g, packed, absmax, codebook, blocksize, offsets, N, K, nested)
+    return _grouped_transposed.call((g, packed, absmax, codebook, blocksize, offsets, N, K, nested))
 
 
 def embedding_4bit(
@@ -401,4 +413,4 @@ def embedding_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape, device, blocksize or index that is not accepted.
     """
-    return _embedding(indices, packed, absmax, codebook, blocksize, num_embeddings, embedding_dim, dtype, nested)
+    return _embedding.call((indices, packed, absmax, codebook, blocksize, num_embeddings, embedding_dim, dtype, nested))

@@ -1,4 +1,4 @@
-"""Checks of embedding indices, which the 4-bit and the 8-bit table share."""
+"""Checks of indices: of rows of embedding tables, and of experts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ def require_indices(op: str, indices: torch.Tensor) -> None:
 
 
 def check_index_values(op: str, indices: torch.Tensor, rows: int) -> None:
-    """Refuse indices outside the table."""
+    """Refuse indices outside [0, rows)."""
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= rows:
-            raise InvalidArgumentError(
-                f"{op}: index {low if low < 0 else high} is outside the table; indices must be in [0, {rows})"
-            )
+            raise InvalidArgumentError(f"{op}: index {low if low < 0 else high} is out of range; indices must be in [0, {rows})")

@@ -98,8 +98,8 @@ def _linear_transposed_meta(g: torch.Tensor, codes: torch.Tensor, absmax: torch.
 
 
 def _linear_transposed_adjoint(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    # int8_linear would quantize the gradient; the exact adjoint multiplies by the dequantized weight.
-    return torch.nn.functional.linear(grad, int8_dequantize_rows(codes, absmax, grad.dtype))
+    # int8_linear would quantize the gradient; the exact adjoint multiplies by the dequantized weight, in float32 as the op does.
+    return torch.nn.functional.linear(grad.float(), int8_dequantize_rows(codes, absmax, torch.float32)).to(grad.dtype)
 
 
 def _embedding_meta(indices: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> Sequence[Output]:
@@ -163,7 +163,7 @@ def int8_quantize_rows_cols(
     Raises:
         InvalidArgumentError: a dtype, shape or threshold that is not accepted.
     """
-    return _quantize_rows_cols(x, threshold)
+    return _quantize_rows_cols.call((x, threshold))
 
 
 def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, out: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -294,4 +294,4 @@ def embedding_8bit(indices: torch.Tensor, codes: torch.Tensor, absmax: torch.Ten
     Raises:
         InvalidArgumentError: a dtype, shape, device or index that is not accepted.
     """
-    return _embedding(indices, codes, absmax, dtype)
+    return _embedding.call((indices, codes, absmax, dtype))

@@ -9,7 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
-from bnb_core.ops.outputs import Output, contiguous_strides
+from bnb_core.ops.outputs import Output, contiguous_strides, mark_written
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
 from bnb_core.ops.spec import ALGORITHMS, OPTIMIZER_BLOCKSIZE, Hyperparameters
@@ -33,7 +33,7 @@ class OptimizerStep(StructuredOp):
         if out is not None:
             raise InvalidArgumentError(f"{self.spec.name}: out is given, but the op updates its arguments in place; leave it away")
         args = conform(self.spec, args)
-        if ordinary_execution() and is_plain(tensor for _, tensor in tensors_of(self.spec, args)):
+        if ordinary_execution() and is_plain(tensors_of(self.spec, args)):
             self.run(*args)
         else:
             self.dispatch(args)
@@ -56,6 +56,7 @@ class OptimizerStep(StructuredOp):
     def run_checked(self, *args: Any) -> None:
         """Resolve and run. The arguments have passed `run`'s checks, are in storage order and not empty."""
         self._run_kernel(args, args[0][0])
+        mark_written(args[0])
 
     def _is_tensor_list(self, at: int) -> bool:
         return self.spec.parameters[at].kind == "tensors"
@@ -302,7 +303,7 @@ def _step_8bit_meta(
         if len(scales) != len(params):
             raise InvalidArgumentError(f"{op}: {len(params)} params and {len(scales)} tensors of absmax; give one for each state")
         for tensor, param in zip(scales, params):
-            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize), None)
+            checks.require_block_scales(op, tensor, checks.ceil_div(param.numel(), blocksize))
     _check_number(op, "step", step)
     _check_number(op, "lr", lr)
     return ()

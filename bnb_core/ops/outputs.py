@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
 
@@ -57,24 +57,38 @@ def targets_for(results: List[torch.Tensor], arguments: Sequence[torch.Tensor]) 
     ]
 
 
-def store(targets: Iterable[torch.Tensor], results: Iterable[torch.Tensor]) -> None:
+def store(targets: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
     """Copy what a kernel has written to where it was asked for, and let autograd know that this has changed."""
     for target, result in zip(targets, results):
         if target is not result:
             result.copy_(target)
-        else:
-            _mark_written(result)
+    mark_written([result for target, result in zip(targets, results) if target is result])
+
+
+def _make_mark_written() -> Callable[[Sequence[torch.Tensor]], None]:
+    increment: Any = getattr(getattr(torch.autograd, "graph", None), "increment_version", None)
+    if increment is None:  # below torch 2.1; a tensor shares its version with what it is detached to
+
+        def increment(tensor: torch.Tensor) -> None:
+            tensor.detach().as_strided((0,), (1,)).zero_()
+
+    try:
+        increment([])
+    except (AttributeError, RuntimeError, TypeError):  # not yet for several tensors at a time
+
+        def increment_each(tensors: Sequence[torch.Tensor]) -> None:
+            for tensor in tensors:
+                increment(tensor)
+
+        return increment_each
+    return increment
+
+
+#: Increase the versions of tensors, by which autograd finds that one which it has saved was written to since.
+mark_written = _make_mark_written()
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Say whether two tensors, if they are contiguous, have memory in common."""
     start, other = a.data_ptr(), b.data_ptr()
     return start < other + b.numel() * b.element_size() and other < start + a.numel() * a.element_size()
-
-
-def _mark_written_by_writing(tensor: torch.Tensor) -> None:
-    tensor.view(-1)[:0].zero_()
-
-
-#: Increase the version that autograd compares with that of a saved tensor.
-_mark_written = getattr(getattr(torch.autograd, "graph", None), "increment_version", _mark_written_by_writing)

@@ -10,11 +10,14 @@ from typing import Any, Callable, Iterable, Set
 
 import torch
 
-#: Whether `torch.ops.bnb.*` exist. Older torch has no way to register the autograd of an op that is needed here; there, every
-#: call runs directly.
+#: Whether `torch.ops.bnb.*` exist. Older torch has no way to register the autograd of an op that is needed here; there, calls run
+#: directly or, where that would be wrong, not at all.
 REGISTERED = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 4)
 
 _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp) if REGISTERED else ()
+#: Say whether torch.compile or torch.export is tracing this call.
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling if REGISTERED else lambda: False
+
 _plain_types: Set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -25,17 +28,18 @@ def add_plain_type(cls: type) -> type:
 
 
 def _make_ordinary_execution() -> Callable[[], bool]:
-    if not REGISTERED:
-        return lambda: True
-    dispatch_modes = torch._C._len_torch_dispatch_stack
-    functorch_level = torch._C._functorch.maybe_current_level
     tracing_state = torch._C._get_tracing_state
+    if not hasattr(torch._C, "_functorch"):
+        return lambda: tracing_state() is None
+    functorch_level = torch._C._functorch.maybe_current_level
+    if not REGISTERED:
+        return lambda: tracing_state() is None and functorch_level() is None
+    dispatch_modes = torch._C._len_torch_dispatch_stack
     forward_ad = torch.autograd.forward_ad
-    compiling = torch.compiler.is_compiling
 
     def ordinary_execution() -> bool:
         return not (
-            compiling()
+            is_compiling()
             or dispatch_modes()
             or tracing_state() is not None
             or functorch_level() is not None
@@ -54,7 +58,7 @@ def transforms_differentiate() -> bool:
 
     Never true while compiling, where what torch.func does to the ops of a graph is up to the compiler.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return True

@@ -76,17 +76,27 @@ def unflatten(spec: OpSpec, flat: Sequence[Any]) -> Tuple[Any, ...]:
     return tuple(args)
 
 
-def tensors_of(spec: OpSpec, args: Sequence[Any]) -> List[Tuple[str, Any]]:
-    """List every tensor among an op's arguments, with a name for messages."""
-    named: List[Tuple[str, Any]] = []
+def tensors_of(spec: OpSpec, args: Sequence[Any]) -> List[Any]:
+    """List every tensor among an op's arguments."""
+    tensors: List[Any] = []
     for parameter, value in zip(spec.parameters, args):
-        name = parameter.name
-        if value is None:
-            continue
         if parameter.kind == "tensors":
-            named.extend((f"{name}[{i}]", tensor) for i, tensor in enumerate(value))
-        elif parameter.kind == "nested":
-            named.extend((f"nested.{field}", tensor) for field, tensor in zip(Nested._fields, value[:3]))
+            tensors.extend(value)
+        elif isinstance(value, Nested):
+            tensors.extend(value[:3])
         elif isinstance(value, torch.Tensor):
-            named.append((name, value))
-    return named
+            tensors.append(value)
+    return tensors
+
+
+def names_of(spec: OpSpec, args: Sequence[Any]) -> List[str]:
+    """Name the tensors of `tensors_of`, for messages."""
+    names: List[str] = []
+    for parameter, value in zip(spec.parameters, args):
+        if parameter.kind == "tensors":
+            names.extend(f"{parameter.name}[{i}]" for i in range(len(value)))
+        elif isinstance(value, Nested):
+            names.extend(f"nested.{field}" for field in Nested._fields[:3])
+        elif isinstance(value, torch.Tensor):
+            names.append(parameter.name)
+    return names

@@ -10,6 +10,7 @@ signature. It is worked out once and kept, so that a call like an earlier one co
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -17,13 +18,13 @@ import torch
 
 from bnb_core.backends import dispatch
 from bnb_core.backends.api import Call
-from bnb_core.errors import InvalidArgumentError
+from bnb_core.errors import InvalidArgumentError, OpNotSupportedError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
 from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_gradient
 from bnb_core.ops.outputs import Output, allocator, check_out, store, targets_for
-from bnb_core.ops.plain import REGISTERED, is_plain, ordinary_execution, transforms_differentiate
-from bnb_core.ops.schema import flatten, tensors_of
+from bnb_core.ops.plain import REGISTERED, is_compiling, is_plain, ordinary_execution, transforms_differentiate
+from bnb_core.ops.schema import flatten, names_of, tensors_of
 from bnb_core.ops.spec import OPS, Nested
 
 if REGISTERED:
@@ -32,7 +33,7 @@ if REGISTERED:
 Tensors = Tuple[torch.Tensor, ...]
 
 #: Signatures kept for each combination of argument types; when there are more, all are forgotten.
-_MOST_SIGNATURES = 4096
+_MOST_SIGNATURES = 1024
 
 _describe = attrgetter("shape", "dtype", "layout", "device", "requires_grad")
 _ops: Dict[str, "StructuredOp"] = {}
@@ -146,10 +147,10 @@ class StructuredOp:
 
     def check(self, args: Tuple[Any, ...]) -> Sequence[Output]:
         """Check arguments that are of the right Python types, and return the shape and dtype of each output."""
-        tensors = tensors_of(self.spec, args)
-        for name, tensor in tensors:
-            checks.require_dense(self.spec.name, name, tensor)
-        checks.require_one_device(self.spec.name, tensors)
+        tensors, names = tensors_of(self.spec, args), partial(names_of, self.spec, args)
+        if not is_compiling():  # which refuses to read a layout in some graphs; the tensors of graphs are dense
+            checks.require_dense(self.spec.name, tensors, names)
+        checks.require_one_device(self.spec.name, tensors, names)
         return self.meta(*args)
 
     def _look_up(self, args: Tuple[Any, ...], plain_only: bool = False) -> Tuple[Tuple[Any, ...], Tensors, Any]:
@@ -239,9 +240,18 @@ class StructuredOp:
     # ------------------------------------------------------------------------------------------------------------- the dispatcher
 
     def dispatch(self, args: Tuple[Any, ...], out: Any = None) -> Any:
-        """Run the op through torch, on arguments of the right Python types."""
-        tracing = torch.compiler.is_compiling()
-        if tracing or out is not None:
+        """Run the op through torch, on arguments of the right Python types.
+
+        Raises:
+            InvalidArgumentError: the arguments or `out` do not fit the op.
+            OpNotSupportedError: this torch is too old to have the op.
+        """
+        if not REGISTERED:
+            raise OpNotSupportedError(
+                f"{self.spec.name}: torch.jit.trace and torch.func need torch 2.4 or newer, this is {torch.__version__}; "
+                "call it outside them"
+            )
+        if is_compiling() or out is not None:
             outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
         if out is not None:
             if torch.is_grad_enabled() and needs_gradient(self, args):

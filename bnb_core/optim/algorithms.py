@@ -169,6 +169,7 @@ class AdEMAMix(Optimizer):
     algorithm = "ademamix"
     slots = (Slot(1, half=0), Slot(2, signed=False), Slot(1, half=1))
     decoupled_weight_decay = True
+    number_of_betas = 3
 
     def __init__(
         self,

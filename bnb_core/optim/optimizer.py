@@ -21,7 +21,10 @@ GENERAL_OPTIONS = ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros")
 #: Fields of `Hyperparameters` with their types: float, int or bool.
 _KINDS = {name: type(default) for name, default in zip(Hyperparameters._fields, Hyperparameters())}
 
-_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value", *GENERAL_OPTIONS[1:3])
+_NOT_NEGATIVE = (
+    *("lr", "eps", "weight_decay", "momentum", "alpha", "t_alpha", "t_beta3", "lr_decay", "initial_accumulator_value"),
+    *("min_8bit_size", "max_unorm"),
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 #: Keeps a method out of compiled graphs: all that a step does is call ops, and so there is nothing in it to compile.
@@ -58,6 +61,8 @@ class Optimizer(torch.optim.Optimizer):
     slots: ClassVar[Slots]
     #: Whether weight decay takes from the parameter directly, or adds to the gradient.
     decoupled_weight_decay: ClassVar[bool]
+    #: How many "betas" there are, where that is an option.
+    number_of_betas: ClassVar[int] = 2
     #: Options that bitsandbytes keeps as "betas", where the algorithm has none of that name.
     in_betas: ClassVar[Tuple[str, ...]] = ()
 
@@ -114,12 +119,17 @@ class Optimizer(torch.optim.Optimizer):
         """
         who = type(self).__name__
         for name in _NOT_NEGATIVE:
-            value = options.get(name, 0.0)
-            if not (isinstance(value, torch.Tensor) or value >= 0.0):  # reading a tensor may mean to wait for a device
+            value = options.get(name)
+            if value is None or isinstance(value, torch.Tensor):  # to read a tensor may mean to wait for a device
+                continue
+            if not value >= 0.0:
                 raise InvalidArgumentError(f"{who}: {name} is {value}; it must be at least 0")
-        for beta in options.get("betas", ()):
-            if not 0.0 <= beta < 1.0:
-                raise InvalidArgumentError(f"{who}: betas are {options['betas']}; each must be at least 0 and below 1")
+        if "betas" in self.defaults:
+            betas = options["betas"]
+            if len(betas) != self.number_of_betas or not all(0.0 <= beta < 1.0 for beta in betas):
+                raise InvalidArgumentError(
+                    f"{who}: betas are {betas}; there must be {self.number_of_betas}, each at least 0 and below 1"
+                )
         if options["optim_bits"] not in FORMATS:
             raise InvalidArgumentError(f"{who}: optim_bits is {options['optim_bits']}; it must be 32 or 8")
 
@@ -193,19 +203,18 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _keep_lr_on_device(group)
         calls = self._plan.calls(self) if self._plan is not None else None
-        if self._plan is None or calls is None:
+        if calls is None:
             if capturing:
                 raise CaptureError(
                     f"{type(self).__name__}.step: its states would be made within the graph, and anew at each replay; "
                     "take a step before the capture, with gradients for the same parameters"
                 )
-            self._plan = None
-            plan = Plan(self)
-            calls = plan.calls(self)
-            assert calls is not None
-            self._plan = plan
+            self._plan = Plan(self)
+            calls = self._plan.calls(self)
+        assert self._plan is not None
+        assert calls is not None
         for step in self._plan.steps:
-            step += 1.0
+            step.add_(1.0)
         for call in calls:
             call.run(self.algorithm)
 

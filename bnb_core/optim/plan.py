@@ -12,7 +12,7 @@ from bnb_core.ops.optimizer import Number, StepBatch
 from bnb_core.ops.plain import ordinary_execution
 from bnb_core.ops.spec import Hyperparameters
 from bnb_core.optim.manager import GlobalOptimManager
-from bnb_core.optim.state_formats import FORMATS, Float32Format, Slots, State, format_of
+from bnb_core.optim.state_formats import FORMATS, Slots, State, StateFormat, format_of
 
 if TYPE_CHECKING:
     from bnb_core.optim.optimizer import Optimizer
@@ -31,7 +31,7 @@ class _Member(NamedTuple):
     group: int
     override: Override
     slots: Slots
-    format: Float32Format
+    format: StateFormat
 
     def key(self) -> Tuple[Any, ...]:
         """Return what has to be equal in parameters that one call updates."""

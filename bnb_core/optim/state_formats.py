@@ -44,18 +44,30 @@ class Slot(NamedTuple):
 Slots = Sequence[Optional[Slot]]
 
 
-class Float32Format:
-    """States in float32: a tensor for each slot, with its elements in the parameter's order of storage."""
+class StateFormat:
+    """What the formats have in common: a tensor for each slot, with its elements in the parameter's order of storage."""
 
-    title = "32-bit states"
-    dtype = torch.float32
+    title: str
+    dtype: torch.dtype
     #: What the tensors of a slot are called, before its number.
-    names: Tuple[str, ...] = ("state",)
-    op: OptimizerStep = STEP_32BIT
+    names: Tuple[str, ...]
+    op: OptimizerStep
 
     def add(self, state: State, slot: Slot, param: torch.Tensor, initial: float) -> None:
         """Make the tensors of a slot, or of both slots that share them, with all values `initial`."""
-        state[slot.key] = _empty_state(param, self.dtype, slot).fill_(initial)
+        raise NotImplementedError
+
+    def reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
+        """Bring the tensor of a slot, or of both slots that share it, into the parameter's order of storage."""
+        raise NotImplementedError
+
+    def common(self, state: State, slots: Slots) -> Tuple[int, ...]:
+        """Return what has to be equal in the states of parameters that one call updates."""
+        raise NotImplementedError
+
+    def arguments(self, states: Sequence[State], slots: Slots) -> List[Any]:
+        """Return the op's arguments between `grads` and `algorithm`."""
+        raise NotImplementedError
 
     def follow(self, state: State, slot: Slot, param: torch.Tensor) -> None:
         """Move a slot's tensors to where the parameter is, and into its order of storage."""
@@ -65,21 +77,7 @@ class Float32Format:
                 moved = state[key].to(param.device)
                 state[key] = interned_codebook(moved) if name == "qmap" else moved
         if not same_storage_order(slot.of(state, "state"), storage_strides(param)):
-            self._reorder(state, slot, param)
-
-    def _reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
-        state[slot.key] = _empty_state(param, self.dtype, slot).copy_(state[slot.key])
-
-    def common(self, state: State, slots: Slots) -> Tuple[int, ...]:
-        """Return what has to be equal in the states of parameters that one call updates."""
-        return ()
-
-    def arguments(self, states: Sequence[State], slots: Slots) -> List[Any]:
-        """Return the op's arguments between `grads` and `algorithm`."""
-        return self._lists("state", states, slots)
-
-    def _lists(self, name: str, states: Sequence[State], slots: Slots) -> List[Any]:
-        return [[] if slot is None else [slot.of(state, name) for state in states] for slot in slots]
+            self.reorder(state, slot, param)
 
     def check(self, state: State, slot: Slot, param: torch.Tensor) -> None:
         """Refuse a state from a checkpoint that does not fit its parameter.
@@ -104,7 +102,32 @@ class Float32Format:
                 )
 
 
-class Blockwise8bitFormat(Float32Format):
+class Float32Format(StateFormat):
+    """States in float32."""
+
+    title = "32-bit states"
+    dtype = torch.float32
+    names = ("state",)
+    op = STEP_32BIT
+
+    def add(self, state: State, slot: Slot, param: torch.Tensor, initial: float) -> None:
+        """Make the tensor of a slot, or of both slots that share it, with all values `initial`."""
+        state[slot.key] = _empty_state(param, self.dtype, slot).fill_(initial)
+
+    def reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
+        """Copy."""
+        state[slot.key] = _empty_state(param, self.dtype, slot).copy_(state[slot.key])
+
+    def common(self, state: State, slots: Slots) -> Tuple[int, ...]:
+        """Return nothing: all may be updated together."""
+        return ()
+
+    def arguments(self, states: Sequence[State], slots: Slots) -> List[Any]:
+        """Return the op's arguments between `grads` and `algorithm`."""
+        return _lists("state", states, slots)
+
+
+class Blockwise8bitFormat(StateFormat):
     """States in 8-bit codes (arXiv 2110.02861): blocks of 256 elements in the order of storage, with an absmax each."""
 
     title = "8-bit states"
@@ -120,7 +143,7 @@ class Blockwise8bitFormat(Float32Format):
         state[f"absmax{slot.number}"] = torch.full(shape, initial, dtype=torch.float32, device=param.device)
         state[f"qmap{slot.number}"] = shared_codebook("dynamic" if slot.signed else "udynamic", param.device, 256)
 
-    def _reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
+    def reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
         """Quantize again, because other elements come to share a block."""
         codebook = state[f"qmap{slot.number}"]
         new = _empty_state(param, self.dtype, slot)
@@ -128,30 +151,34 @@ class Blockwise8bitFormat(Float32Format):
             codes, absmax = half.of(state, "state"), half.of(state, "absmax")
             codes = codes if is_dense(codes) else codes.contiguous()
             values = dequantize_blockwise(_flat(codes), absmax, codebook, OPTIMIZER_BLOCKSIZE, torch.float32)
-            values = torch.empty_strided(param.shape, storage_strides(param), device=param.device).copy_(
-                values.as_strided(codes.shape, codes.stride())
-            )
+            reordered = torch.empty_strided(param.shape, storage_strides(param), device=param.device)
+            reordered.copy_(values.as_strided(codes.shape, codes.stride()))
             target = _flat(half.of({slot.key: new}, "state"))
-            quantize_blockwise(_flat(values), codebook, OPTIMIZER_BLOCKSIZE, out=(target, absmax))
+            quantize_blockwise(_flat(reordered), codebook, OPTIMIZER_BLOCKSIZE, out=(target, absmax))
         state[slot.key] = new
 
     def common(self, state: State, slots: Slots) -> Tuple[int, ...]:
-        """Return what has to be equal in the states of parameters that one call updates: the codebooks."""
+        """Return the codebooks, of which a call takes one for all parameters."""
         return tuple(id(state[f"qmap{slot.number}"]) for slot in slots if slot is not None)
 
     def arguments(self, states: Sequence[State], slots: Slots) -> List[Any]:
         """Return the op's arguments between `grads` and `algorithm`."""
         codebooks = [None if slot is None else states[0][f"qmap{slot.number}"] for slot in slots]
-        return [*self._lists("state", states, slots), *self._lists("absmax", states, slots), *codebooks]
+        return [*_lists("state", states, slots), *_lists("absmax", states, slots), *codebooks]
 
 
-FORMATS = {32: Float32Format(), 8: Blockwise8bitFormat()}
+def _lists(name: str, states: Sequence[State], slots: Slots) -> List[Any]:
+    return [[] if slot is None else [slot.of(state, name) for state in states] for slot in slots]
+
+
+#: The formats by `optim_bits`.
+FORMATS: Dict[int, StateFormat] = {32: Float32Format(), 8: Blockwise8bitFormat()}
 
 #: Names of all tensors that a format keeps. A checkpoint sets them apart, and they never take on the parameter's dtype.
 TENSOR_KEYS = frozenset(f"{name}{number}" for name in Blockwise8bitFormat.names for number in (1, 2, 3))
 
 
-def format_of(state: State) -> Optional[Float32Format]:
+def format_of(state: State) -> Optional[StateFormat]:
     """Return the format of a state that has tensors, by their dtype; None if it has none."""
     for number in (1, 2, 3):
         tensor = state.get(f"state{number}")

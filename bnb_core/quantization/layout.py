@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Tuple
+from typing import Dict
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError
 
-#: Dtypes that only reinterpret the bytes: every bit pattern stays as it is when copied or saved. Older torch lacks some.
-STORAGE_DTYPES: Tuple[torch.dtype, ...] = tuple(
-    getattr(torch, name)
-    for name in (
-        *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"),
-        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    )
-    if hasattr(torch, name)
+_NAMES = (
+    *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
+#: Dtypes that only reinterpret the bytes, and the bytes of an element: every bit pattern stays as it is when copied or saved.
+#: Older torch lacks some.
+STORAGE_DTYPES: Dict[torch.dtype, int] = {
+    getattr(torch, name): torch.empty((), dtype=getattr(torch, name)).element_size() for name in _NAMES if hasattr(torch, name)
+}
 
 
 def require_storage(function: str, dtype: torch.dtype, numel: int) -> None:
@@ -28,17 +28,12 @@ def require_storage(function: str, dtype: torch.dtype, numel: int) -> None:
     if dtype not in STORAGE_DTYPES:
         names = ", ".join(str(accepted) for accepted in STORAGE_DTYPES)
         raise InvalidArgumentError(f"{function}: quant_storage is {dtype}; it must be one of {names}")
-    size, packed = itemsize(dtype), (numel + 1) // 2
+    size, packed = STORAGE_DTYPES[dtype], (numel + 1) // 2
     if packed % size:
         raise InvalidArgumentError(
             f"{function}: {numel} elements are packed in {packed} bytes, which do not fill elements of quant_storage {dtype} "
             f"({size} bytes each); use torch.uint8"
         )
-
-
-def itemsize(dtype: torch.dtype) -> int:
-    """Return the bytes of one element."""
-    return torch.empty((), dtype=dtype, device="meta").element_size()
 
 
 def as_storage(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

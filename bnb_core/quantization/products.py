@@ -261,7 +261,8 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> t
         # Outlier columns need a product in full precision, and which they are is known only on the device: all of them take it.
         # CPUs multiply float16 slowly, or not at all in older torch.
         return grad.t().float() @ x.float() if x.device.type == "cpu" else grad.t() @ x
-    _, _, grad_codes, grad_absmax, _ = ops.int8_quantize_rows_cols(grad)
-    _, _, x_codes, x_absmax, _ = ops.int8_quantize_rows_cols(x)
+    # The threshold is spelled out, since torch.compile may take the default of a parameter for a number that changes.
+    _, _, grad_codes, grad_absmax, _ = ops.int8_quantize_rows_cols(grad, 0.0)
+    _, _, x_codes, x_absmax, _ = ops.int8_quantize_rows_cols(x, 0.0)
     product = ops.int8_matmul(grad_codes.t(), x_codes.t())
     return ops.int8_matmul_dequant(product, grad_absmax, x_absmax, None, x.dtype)

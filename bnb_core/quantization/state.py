@@ -62,7 +62,9 @@ class QuantState:
             return None
         if self.offset is None:
             raise InvalidArgumentError("QuantState: offset is None although the statistics are nested; set it to a float32 scalar")
-        return Nested(self.state2.absmax, self.state2.code, self.offset.to(torch.float32), self.state2.blocksize)
+        # Each product asks for this, and a cast costs it a microsecond even where there is nothing to do.
+        offset = self.offset if self.offset.dtype == torch.float32 else self.offset.to(torch.float32)
+        return Nested(self.state2.absmax, self.state2.code, offset, self.state2.blocksize)
 
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""

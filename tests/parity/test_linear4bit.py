@@ -117,7 +117,7 @@ def test_parameters_have_the_same_attributes():
 
 
 def test_a_parameter_of_theirs_is_rebuilt_as_ours():
-    ours, theirs = pair("nf4", False, torch.uint8)
+    _, theirs = pair("nf4", False, torch.uint8)
     attributes = {**theirs.weight.__dict__, "module": None, "quant_state": None, "bnb_quantized": False}
     values = torch.randn(OUT, IN)
     weights = [library.nn.Params4bit(values, requires_grad=False, **attributes).to("cpu") for library in (peer, bnb_core)]

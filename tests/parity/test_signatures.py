@@ -1,4 +1,4 @@
-"""Functions have the parameters and the defaults of bitsandbytes 0.50.2, in its order."""
+"""Functions and modules have the parameters and the defaults of bitsandbytes 0.50.2, in its order."""
 
 import inspect
 
@@ -6,6 +6,7 @@ import pytest
 
 import bnb_core as bnb
 from bnb_core import functional as F
+from bnb_core import nn
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -34,3 +35,17 @@ def test_matmul_state():
         for state in (ours, theirs):
             with pytest.warns(FutureWarning, match=name):
                 assert getattr(state, name) is None
+
+
+@pytest.mark.parametrize("name", [name for name in nn.__all__ if hasattr(bitsandbytes.nn, name)])
+def test_modules(name):
+    ours, theirs = getattr(nn, name), getattr(bitsandbytes.nn, name)
+    if "Params" in name:
+        assert parameters(ours.__new__) == parameters(theirs.__new__)
+    else:
+        assert parameters(ours) == parameters(theirs)
+
+
+def test_every_module_is_there():
+    public = {name for name, value in vars(bitsandbytes.nn).items() if inspect.isclass(value)}
+    assert public <= set(nn.__all__)

@@ -145,7 +145,7 @@ codes = torch.zeros(10, dtype=torch.uint8)
     [
         (lambda s: F.quantize_blockwise(x.double()), "x is torch.float64; cast it"),
         (lambda s: F.quantize_blockwise(x, blocksize=0), "blocksize is 0; it must be at least 1"),
-        (lambda s: F.quantize_blockwise(x, code=torch.zeros(16)), "codebook has 16 entries; it must have 256"),
+        (lambda s: F.quantize_blockwise(x, code=torch.zeros(16)), r"codebook has shape \[16\]; it must be \[256\]"),
         (lambda s: F.quantize_blockwise(x, code=torch.zeros(256).half()), "codebook is torch.float16"),
         (lambda s: F.quantize_blockwise(x, out=torch.empty(9, dtype=torch.uint8)), r"out is torch.uint8 \[9\].*\[10\]"),
         (lambda s: F.quantize_blockwise(x, out=torch.empty(10)), "out is torch.float32"),

@@ -2,10 +2,12 @@
 
 import json
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
-from bnb_core import functional as F
+from bnb_core import functional
 from bnb_core.errors import BnbError, CheckpointError, InvalidArgumentError, NotQuantizedError
 from bnb_core.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from bnb_core.testing import oracle
@@ -36,13 +38,13 @@ def test_defaults():
 
 
 def test_bad_arguments():
-    with pytest.raises(InvalidArgumentError, match="'nf5'.*'nf4'"):
+    with pytest.raises(InvalidArgumentError, match=r"'nf5'.*'nf4'"):
         Linear4bit(IN, OUT, quant_type="nf5")
-    with pytest.raises(InvalidArgumentError, match="compute_dtype is torch.float64.*float32"):
+    with pytest.raises(InvalidArgumentError, match=r"compute_dtype is torch.float64.*float32"):
         Linear4bit(IN, OUT, compute_dtype=torch.float64)
     with pytest.raises(InvalidArgumentError, match=r"quant_storage torch.float32 \(4 bytes each\).*uint8"):
         Linear4bit(3, 3, quant_storage=torch.float32).to("cpu")
-    with pytest.raises(InvalidArgumentError, match="quant_storage is torch.bool"):
+    with pytest.raises(InvalidArgumentError, match=r"quant_storage is torch.bool"):
         Linear4bit(4, 4, quant_storage=torch.bool).to("cpu")
 
 
@@ -65,13 +67,35 @@ def test_shapes_and_blocksizes(shape, nested, blocksize):
     values = module.weight.data.clone()
     module.weight.blocksize = blocksize
     module.to("cpu")
-    packed, state = F.quantize_4bit(values, blocksize=blocksize, compress_statistics=nested, quant_type="nf4")
+    packed, state = functional.quantize_4bit(values, blocksize=blocksize, compress_statistics=nested, quant_type="nf4")
     assert torch.equal(module.weight.data, packed)
     assert module.quant_state == state
     assert module.quant_state is module.weight.quant_state
     x = torch.randn(3, features)
-    weight = F.dequantize_4bit(packed, state)
+    weight = functional.dequantize_4bit(packed, state)
     assert_product(module(x), oracle.product(as_numpy(x), as_numpy(weight), as_numpy(module.bias)), "y")
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_whatever_the_shapes(data):
+    features, outputs = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    leading = data.draw(st.lists(st.integers(0, 3), max_size=3))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    quant_type, nested, bias = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans()), data.draw(st.booleans())
+    module = Linear4bit(features, outputs, bias, quant_type=quant_type, compress_statistics=nested)
+    module.weight.blocksize = data.draw(st.sampled_from([32, 64, 1024]))
+    module.weight.data *= data.draw(st.sampled_from([1e-4, 1.0, 1e4]))
+    module.to("cpu")
+    x = torch.randn(*leading, features).to(dtype)
+    y = module(x)
+    weight = functional.dequantize_4bit(module.weight.data, module.quant_state)
+    assert (y.dtype, y.shape) == (dtype, (*leading, outputs))
+    rows = as_numpy(x).reshape(-1, features)
+    assert_product(y, oracle.product(rows, as_numpy(weight), as_numpy(module.bias.to(dtype)) if bias else None), "y")
+    twin = Linear4bit(features, outputs, bias)
+    assert not any(twin.load_state_dict(module.state_dict()))
+    assert torch.equal(twin(x), y)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -90,12 +114,12 @@ def test_storage_dtypes_hold_the_same_bytes(storage, quant_type):
     assert torch.equal(module(x), expected(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- compute dtype
+# ------------------------------------------------------------------------------------------------------------------- compute dtype
 
 
 def computed_in(module, x):
     """The dtype of the product, told by its values."""
-    weight = F.dequantize_4bit(module.weight.data, module.quant_state).double()
+    weight = functional.dequantize_4bit(module.weight.data, module.quant_state).double()
     y, exact = module(x), x.double() @ weight.t()
     assert y.dtype == x.dtype
     error = ((y - exact).abs() / exact.abs().amax()).max()
@@ -135,14 +159,14 @@ def test_a_compute_dtype_that_is_not_declared_set_is_for_float16():
 def test_the_bias_is_added_in_the_compute_dtype():
     module = LinearNF4(IN, OUT, compute_dtype=torch.bfloat16).to("cpu")
     x = torch.randn(8, IN).bfloat16()
-    weight = F.dequantize_4bit(module.weight.data, module.quant_state)
+    weight = functional.dequantize_4bit(module.weight.data, module.quant_state)
     bias = module.bias.bfloat16()
     assert_product(module(x), oracle.product(as_numpy(x), as_numpy(weight), as_numpy(bias)), "y")
     module(x).sum().backward()
     assert module.bias.grad.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -210,7 +234,7 @@ def test_damaged_checkpoints(damage, quantized):
 def test_two_types_in_one_checkpoint():
     saved = LinearNF4(IN, OUT).to("cpu").state_dict()
     saved.update({k: v for k, v in LinearFP4(IN, OUT).to("cpu").state_dict().items() if "bitsandbytes__fp4" in k})
-    with pytest.raises(CheckpointError, match="several quant types"):
+    with pytest.raises(CheckpointError, match=r"several quant types"):
         LinearNF4(IN, OUT).load_state_dict(saved)
 
 
@@ -233,8 +257,8 @@ def test_an_unquantized_parameter_takes_the_statistics_away():
     values = torch.randn(OUT, IN)
     module.weight = Params4bit(values, quant_type="nf4")
     assert module.quant_state is None
-    with pytest.raises(BnbError, match="not quantized"):
+    with pytest.raises(BnbError, match=r"not quantized"):
         module(torch.randn(2, IN))
     module.to("cpu")
-    assert torch.equal(module.weight.data, F.quantize_nf4(values)[0])
+    assert torch.equal(module.weight.data, functional.quantize_nf4(values)[0])
     assert module.quant_state is module.weight.quant_state

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bnb_core import functional as F
+from bnb_core import functional
 from bnb_core.errors import CheckpointError, InvalidArgumentError, NotQuantizedError
 from bnb_core.nn import Int8Params, Linear8bitLt
 from bnb_core.testing import oracle
@@ -37,11 +37,11 @@ def test_defaults():
 
 
 def test_bad_arguments():
-    with pytest.raises(InvalidArgumentError, match="threshold is -1.0.*positive"):
+    with pytest.raises(InvalidArgumentError, match=r"threshold is -1.0.*positive"):
         Linear8bitLt(IN, OUT, threshold=-1.0)
-    with pytest.raises(InvalidArgumentError, match="threshold is nan"):
+    with pytest.raises(InvalidArgumentError, match=r"threshold is nan"):
         Linear8bitLt(IN, OUT, threshold=float("nan"))
-    with pytest.raises(InvalidArgumentError, match="index must be None"):
+    with pytest.raises(InvalidArgumentError, match=r"index must be None"):
         Linear8bitLt(IN, OUT, index=torch.arange(IN))
 
 
@@ -51,7 +51,7 @@ def test_weights_of_every_dtype_are_quantized_as_they_are(dtype):
     values = (torch.randn(OUT, IN) * 1e5).to(dtype) if dtype != torch.float16 else torch.randn(OUT, IN).half()
     module.weight.data = values
     module.to("cpu")
-    codes, absmax, _ = F.int8_vectorwise_quant(values)
+    codes, absmax, _ = functional.int8_vectorwise_quant(values)
     assert torch.equal(module.weight.data, codes)
     assert torch.equal(module.weight.SCB, absmax)
     assert absmax.isfinite().all()  # beyond what float16 holds
@@ -68,7 +68,7 @@ def test_outliers(dtype, threshold):
     x = x.to(dtype)
     y = module(x)
     assert_product(y, expected(module, x), "y")
-    weight = F.int8_vectorwise_dequant(module.weight.data, module.weight.SCB).double()
+    weight = functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB).double()
     error = (y.double() - x.double() @ weight.t() - module.bias.double()).norm() / y.double().norm()
     assert (error < 5e-3) == (threshold > 0)  # what the threshold is for
 
@@ -112,14 +112,14 @@ def test_scales_that_a_loader_sets_serve():
     module = Linear8bitLt(IN, OUT, bias=False, has_fp16_weights=False, device="meta")
     module._parameters["weight"] = Int8Params(source.weight.data, requires_grad=False, has_fp16_weights=False).to("cpu")
     x = torch.randn(3, IN)
-    with pytest.raises(NotQuantizedError, match="SCB"):
+    with pytest.raises(NotQuantizedError, match=r"SCB"):
         module(x)
     module.weight.SCB = source.weight.SCB
     assert torch.equal(module(x), source(x))
     assert list(module.state_dict()) == ["weight", "SCB", "weight_format"]
 
 
-# --------------------------------------------------------------------------------------------------------------- floating-point weight
+# ----------------------------------------------------------------------------------------------------------- floating-point weight
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +131,7 @@ def test_floating_point_weights_are_quantized_for_each_product(dtype, keep):
     assert type(module.weight) is Int8Params
     assert module.weight.dtype == torch.float32
     x = torch.randn(5, IN).to(dtype)
-    codes, absmax, _ = F.int8_vectorwise_quant(module.weight.detach())
+    codes, absmax, _ = functional.int8_vectorwise_quant(module.weight.detach())
     product = oracle.int8_linear(as_numpy(x), as_numpy(codes), as_numpy(absmax), as_numpy(module.bias.to(dtype)), 0.0)
     assert_product(module(x), product, "y")
     assert module.weight.dtype == torch.float32
@@ -153,7 +153,7 @@ def test_floating_point_weights_have_a_gradient(threshold):
     module = Linear8bitLt(IN, OUT, threshold=threshold)
     x, g = torch.randn(64, IN, requires_grad=True), torch.randn(64, OUT)
     module(x).backward(g)
-    weight = F.int8_vectorwise_dequant(*F.int8_vectorwise_quant(module.weight.detach())[:2])
+    weight = functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(module.weight.detach())[:2])
     assert_product(x.grad, oracle.product(as_numpy(g), as_numpy(weight).T), "the gradient of x")
     exact = g.double().t() @ x.detach().double()
     error = (module.weight.grad.double() - exact).norm() / exact.norm()
@@ -185,7 +185,7 @@ def test_training_learns():
     assert losses[-1] < losses[0] / 20
 
 
-# ----------------------------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_entries():
@@ -213,7 +213,9 @@ def test_formats_that_are_not(weight_format):
         quantized().load_state_dict({**quantized().state_dict(), "weight_format": weight_format})
 
 
-@pytest.mark.parametrize("scales", [torch.ones(OUT + 1), torch.ones(OUT, dtype=torch.float16), torch.ones(OUT, 1), [1.0] * OUT], ids=repr)
+@pytest.mark.parametrize(
+    "scales", [torch.ones(OUT + 1), torch.ones(OUT, dtype=torch.float16), torch.ones(OUT, 1), [1.0] * OUT], ids=repr
+)
 def test_scales_that_do_not_fit(scales):
     module = quantized()
     before = module.state_dict()
@@ -223,10 +225,10 @@ def test_scales_that_do_not_fit(scales):
 
 
 def test_codes_do_not_load_into_a_module_that_keeps_floating_point():
-    with pytest.raises(CheckpointError, match="has_fp16_weights=False"):
+    with pytest.raises(CheckpointError, match=r"has_fp16_weights=False"):
         Linear8bitLt(IN, OUT).load_state_dict(quantized().state_dict())
 
 
 def test_scales_without_codes_are_unexpected():
-    with pytest.raises(RuntimeError, match="Unexpected key.*SCB"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*SCB"):
         quantized().load_state_dict({**torch.nn.Linear(IN, OUT).state_dict(), "SCB": torch.ones(OUT)})

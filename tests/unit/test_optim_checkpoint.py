@@ -96,7 +96,7 @@ def test_groups_have_what_bitsandbytes_reads(cls, betas):
 def test_groups_of_bitsandbytes_are_understood():
     params = make_params()
     optimizer = optim.SGD(params, lr=0.1, momentum=0.5, nesterov=True)
-    group = {"lr": 0.3, "betas": (0.8, 0.0), "eps": 0.0, "weight_decay": 0.2, "params": [0, 1]}
+    group = {"lr": 0.3, "betas": (0.8, 0.0), "eps": 0.0, "weight_decay": 0.2, "capturable": True, "params": [0, 1]}
     optimizer.load_state_dict({"state": {}, "param_groups": [group]})
     loaded = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     expected = {"lr": 0.3, "momentum": 0.8, "dampening": 0.0, "weight_decay": 0.2, "nesterov": True, "capturable": False}

@@ -1,6 +1,7 @@
 """Options for single parameters."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_nothing_is_kept_alive(manager):
     del module
     gc.collect()
     assert manager.overrides() == {}
+
+
+def test_the_address_of_a_parameter_that_is_gone_may_be_used_again(manager):
+    gone, (param,) = make(3), make(3)
+    reference = weakref.ref(gone.pop())
+    gc.collect()
+    manager._params[id(param)] = (reference, {"lr": 0.5})  # as if it had had this address
+    manager.override_config(param, "weight_decay", 0.25)
+    assert manager.overrides() == {id(param): {"weight_decay": 0.25}}
 
 
 def test_refuses(manager):

@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 from bnb_core import backends, optim
 from bnb_core.backends import Backend
 from bnb_core.errors import CaptureError, InvalidArgumentError
+from bnb_core.ops import Hyperparameters
 from bnb_core.ops.plain import REGISTERED
 
 EVERY_CLASS = [cls for cls in vars(optim).values() if isinstance(cls, type) and issubclass(cls, optim.Optimizer)]
@@ -156,6 +157,17 @@ def test_options_are_read_at_every_step(calls):
     assert (second, after.beta1, after.beta2, after.weight_decay, after.skip_zeros) == (0.125, 0.5, 0.75, 0.0, True)
 
 
+def test_kernels_get_numbers_of_the_types_that_the_spec_gives(calls):
+    params = parameters((3,))
+    optimizer = optim.SGD(params, lr=1, momentum=1, weight_decay=0)
+    give_gradients(params)
+    for _ in range(2):
+        optimizer.step()
+        (*_, hyperparameters, step, lr) = calls[-1]
+        assert list(map(type, hyperparameters)) == list(map(type, Hyperparameters()))
+        assert (type(step), type(lr)) == (int, float)
+
+
 def test_options_may_be_set_for_a_group(calls):
     first, second = parameters((100,), (100,))
     groups = [{"params": first}, {"params": second, "optim_bits": 8, "min_8bit_size": 50, "max_unorm": 0.5, "lr": 0.2}]
@@ -233,7 +245,9 @@ def test_parameters_exchanged_in_a_group():
     [
         ({"lr": -1.0}, "AdamW: lr is -1.0; it must be at least 0"),
         ({"lr": math.nan}, "lr is nan"),
-        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\); there must be 2, each at least 0 and below 1"),
+        ({"betas": (0.9,)}, r"betas are \(0.9,\)"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas are \(0.9, 0.99, 0.999\)"),
         ({"eps": -1e-8}, "eps is -1e-08"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"optim_bits": 16}, "optim_bits is 16; it must be 32 or 8"),

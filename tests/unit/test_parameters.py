@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from bnb_core import functional as F
+from bnb_core import functional
 from bnb_core.errors import CheckpointError, InvalidArgumentError
 from bnb_core.nn import Int8Params, Linear4bit, Params4bit
 
@@ -30,8 +30,8 @@ def same_bits(a, b):
 
 def values_of(parameter):
     if isinstance(parameter, Params4bit):
-        return F.dequantize_4bit(parameter.data, parameter.quant_state)
-    return F.int8_vectorwise_dequant(parameter.data, parameter.SCB)
+        return functional.dequantize_4bit(parameter.data, parameter.quant_state)
+    return functional.int8_vectorwise_dequant(parameter.data, parameter.SCB)
 
 
 MAKERS = {
@@ -43,7 +43,7 @@ MAKERS = {
 quantized = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ attributes
+# ---------------------------------------------------------------------------------------------------------------------- attributes
 
 
 def test_attributes_are_the_contract():
@@ -111,10 +111,12 @@ def test_no_nested_statistics_of_plain_scales():
     assert not hasattr(quantized_4bit(compress_statistics=False), "nested_absmax")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- moving
+# -------------------------------------------------------------------------------------------------------------------------- moving
 
 
-@pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.cpu(), lambda p: p.to(torch.zeros(()))], ids=["to", "cpu", "like"])
+@pytest.mark.parametrize(
+    "move", [lambda p: p.to("cpu"), lambda p: p.cpu(), lambda p: p.to(torch.zeros(()))], ids=["to", "cpu", "like"]
+)
 @pytest.mark.parametrize("cls", [Params4bit, Int8Params])
 def test_a_device_quantizes(cls, move):
     parameter = cls(torch.randn(16, 32), requires_grad=False)
@@ -209,15 +211,15 @@ def test_quantizing_freezes():
 
 
 def test_quantization_refuses_what_it_cannot_do():
-    with pytest.raises(InvalidArgumentError, match="'nf5'.*'nf4'"):
+    with pytest.raises(InvalidArgumentError, match=r"'nf5'.*'nf4'"):
         Params4bit(torch.randn(8, 8), quant_type="nf5").to("cpu")
-    with pytest.raises(InvalidArgumentError, match="blocksize is 48"):
+    with pytest.raises(InvalidArgumentError, match=r"blocksize is 48"):
         Params4bit(torch.randn(8, 8), blocksize=48).to("cpu")
-    with pytest.raises(InvalidArgumentError, match="float64"):
+    with pytest.raises(InvalidArgumentError, match=r"float64"):
         Params4bit(torch.randn(8, 8, dtype=torch.float64)).to("cpu")
-    with pytest.raises(InvalidArgumentError, match="quant_storage"):
+    with pytest.raises(InvalidArgumentError, match=r"quant_storage"):
         Params4bit(torch.randn(3, 3), quant_storage=torch.float32).to("cpu")
-    with pytest.raises(InvalidArgumentError, match="float64"):
+    with pytest.raises(InvalidArgumentError, match=r"float64"):
         Int8Params(torch.randn(8, 8, dtype=torch.float64)).to("cpu")
 
 
@@ -231,7 +233,7 @@ def test_a_refused_quantization_changes_nothing():
     assert torch.equal(parameter.data, before)
 
 
-# ----------------------------------------------------------------------------------------------------------------- copies and parts
+# ---------------------------------------------------------------------------------------------------------------- copies and parts
 
 
 def through_pickle(parameter):
@@ -296,7 +298,7 @@ def test_other_functions_return_ordinary_tensors():
     assert type(quantized_int8().data) is torch.Tensor
 
 
-# ----------------------------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -320,7 +322,7 @@ def test_from_prequantized_refuses_codes_of_another_tensor():
         Params4bit.from_prequantized(torch.zeros(100, 1, dtype=torch.uint8), state.as_dict(packed=True), device="cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("cls", [Params4bit, Int8Params])

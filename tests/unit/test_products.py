@@ -150,7 +150,7 @@ x = torch.randn(4, 33)
         (lambda p, s: bnb.matmul_4bit(x[:, 1:], p, s), r"x has shape \[4, 32\]; its last dimension must be 33"),
         (lambda p, s: bnb.matmul_4bit(torch.tensor(1.0), p, s), "its last dimension must be 33"),
         (lambda p, s: bnb.matmul_4bit(x.double(), p, s), "x is torch.float64"),
-        (lambda p, s: bnb.matmul_4bit(x, p[1:], s), "packed has 395 elements.*needs 396"),
+        (lambda p, s: bnb.matmul_4bit(x, p[1:], s), "packed has 395 elements.* 396"),
         (lambda p, s: bnb.matmul_4bit(x, p, s, bias=torch.ones(24).half()), "bias is torch.float16"),
         (lambda p, s: bnb.matmul_4bit(x, p, s, bias=torch.ones(33)), r"bias has shape \[33\]"),
         (lambda p, s: bnb.matmul_4bit(x, p, s, out=torch.ones(4, 33)), r"out for y is torch.float32 \[4, 33\]"),

@@ -10,7 +10,10 @@ from bnb_core.ops import Nested
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("rows", "dim", "blocksize"), [(10, 64, 64), (11, 33, 32), (7, 1, 32), (5, 300, 128), (3, 31, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "blocksize"),
+    [(10, 64, 64), (11, 33, 32), (7, 1, 32), (5, 300, 128), (3, 31, 4096), (6, 500, 64), (4, 6, 32), (3, 256, 64)],
+)
 def test_4bit(rows, dim, blocksize, nested, index_dtype, nf4, dtype, pieces):
     table = torch.randn(rows, dim)
     packed, absmax = ops.quantize_4bit(table, nf4, blocksize)

@@ -22,10 +22,12 @@ import click
     help="Compare the formats on this local transformers checkpoint (encoder or causal language model) instead.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps with each optimizer.  [default: 600, or 60 with --quick]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights, the batches and the sampled text.")
+@click.option("--seed", type=int, help="Seed of the trained weights, the batches and the text that is written.  [default: 0]")
 @click.option("--device", help="Where to run, such as cpu or cuda:0.  [default: cuda if there is one, otherwise cpu]")
 @click.option("--quick", is_flag=True, help="Train and measure less, to see everything once in a few seconds.")
-def demo(output: Path, model: Optional[Path], steps: Optional[int], seed: int, device: Optional[str], quick: bool) -> None:
+def demo(
+    output: Path, model: Optional[Path], steps: Optional[int], seed: Optional[int], device: Optional[str], quick: bool
+) -> None:
     """Show what quantization does to real models.
 
     A sentence encoder is put into LLM.int8(), NF4 and FP4; a small language model is trained with 32-bit and with 8-bit
@@ -34,6 +36,6 @@ def demo(output: Path, model: Optional[Path], steps: Optional[int], seed: int, d
     """
     from bnb_core.cli.demo.run import run  # here, so that `bnb --help` needs neither torch nor rich
 
-    if model is not None and steps is not None:
-        raise click.UsageError("--steps is for training, which --model replaces; leave one of them out")
-    run(output, model, steps, seed, device, quick)
+    if model is not None and (steps is not None or seed is not None):
+        raise click.UsageError("--steps and --seed are for the training, which --model replaces; leave out one or the other")
+    run(output, model, steps, seed or 0, device, quick)

@@ -17,17 +17,15 @@ class _Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.joined = nn.Linear(width, width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.joined = nn.Linear(width, width, bias=False)
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        y = self.attention_norm(x)
-        query, key, value = (split_heads(project(y), self.heads) for project in (self.query, self.key, self.value))
+        projected = self.query_key_value(self.attention_norm(x)).chunk(3, -1)
+        query, key, value = (split_heads(part, self.heads) for part in projected)
         x = x + self.joined(attend(_rotate(query, rotation), _rotate(key, rotation), value, mask))
         return x + self.down(functional.gelu(self.up(self.norm(x))))
 
@@ -82,8 +80,6 @@ class CharGPT(nn.Module):
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _rotations(length: int, width: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import textwrap
 from pathlib import Path
 from typing import Any, Iterator, Sequence, Union
 
@@ -18,7 +19,7 @@ from bnb_core.cli.demo.text import language_reference
 
 #: Held-out text for a language model: windows of this many tokens, or of its own maximum if that is less.
 WINDOW = 128
-WINDOWS = 8
+WINDOWS = 16
 PROMPT = "The Python programming language is"
 NEW_TOKENS = 40
 
@@ -133,8 +134,8 @@ def _explained(folder: Path, part: str) -> Iterator[None]:
     """Turn what transformers raises about a folder into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # of many kinds, some of them of other libraries' own
+        reason = textwrap.shorten(str(error), width=200, placeholder=" ...") or type(error).__name__
         raise click.ClickException(f"transformers cannot read the {part} in {folder}: {reason}") from error
 
 

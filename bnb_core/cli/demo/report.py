@@ -29,8 +29,8 @@ def opening_blocks(environment: Dict[str, Any]) -> List[Block]:
     if environment["backends"] == [REFERENCE_NAME]:
         blocks.append(
             Paragraph(
-                "Only the reference backend runs here: every op in plain PyTorch. Memory and accuracy are those of any backend, "
-                "but the times say nothing about one that is made for a device; bnb doctor shows what is installed."
+                "Note: only the reference backend runs here, every op in plain PyTorch. Memory and accuracy are those of any "
+                "backend, but the times say nothing about one that is made for a device; bnb doctor shows what is installed."
             )
         )
     return blocks
@@ -134,7 +134,7 @@ def _memory_cells(result: FormatResult, original: FormatResult) -> List[str]:
 
 def _size(result: FormatResult) -> str:
     return (
-        f"{result.parameters / 1e6:.1f} million parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} "
+        f"{result.parameters:,} parameters, in {result.weight_bytes / 1e6:.1f} MB. The {result.linear_layers} "
         f"linear layers ({result.linear_bytes / result.weight_bytes:.0%}) are quantized; all else stays in {result.label}."
     )
 

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-import bitsandbytes as bnb
-
+import bnb_core as bnb
 from bnb_core.backends import BackendFallbackWarning, fallbacks
 from bnb_core.cli.demo import plots, preflight, report
 from bnb_core.cli.demo.checkpoint import LanguageCheckpoint, open_checkpoint
@@ -40,7 +39,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(steps=600, repetitions=5, windows=512)
-QUICK = Effort(steps=60, repetitions=1, windows=32)
+QUICK = Effort(steps=60, repetitions=1, windows=8)
 
 
 def run(output: Path, model: Optional[Path], steps: Optional[int], seed: int, device: Optional[str], quick: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Callable, Iterable, List, TypeVar
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
@@ -36,7 +37,7 @@ def collect(console: Console, label: str, results: Iterable[Result], total: int,
     last = TextColumn("{task.fields[last]}")
     columns = (TextColumn("{task.description:14}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), last)
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(label, total=total, last="")
+        bar = progress.add_task(escape(label), total=total, last="")
         for result in results:
             collected.append(result)
             progress.update(bar, advance=1, last=describe(result))

@@ -53,21 +53,30 @@ class Values4bit:
         self._absmax = absmax.view(-1)
         self._blocksize = blocksize
         self._nested = nested
-        # The two values of each byte as one 64-bit number, so that one look-up serves two elements.
-        codebook = codebook.view(-1)
-        self._pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), 1).view(torch.int64).view(-1)
+        self._pairs = pair_table(codebook)
 
     def __getitem__(self, elements: slice) -> torch.Tensor:
         blocksize = self._blocksize
         first, last = elements.start // blocksize, -(-elements.stop // blocksize)
         offset = first * blocksize
         codes = self._packed[offset // 2 : last * blocksize // 2]
-        values = self._pairs.index_select(0, codes.int()).view(torch.float32)
+        values = pair_values(self._pairs, codes)
         scales = block_scales(self._absmax, self._nested, torch.arange(first, last, device=self.device))
         whole = len(values) - len(values) % blocksize
         values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize, None])
         values[whole:].mul_(scales[-1:])  # the end of the last block, where that is shorter
         return values[elements.start - offset : elements.stop - offset]
+
+
+def pair_table(codebook: torch.Tensor) -> torch.Tensor:
+    """Return the two float32 values of each byte as one 64-bit number, so that one look-up serves two elements."""
+    codebook = codebook.view(-1)
+    return torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), 1).view(torch.int64).view(-1)
+
+
+def pair_values(table: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Return the float32 values of packed codes, uint8 [bytes], before they are scaled."""
+    return table.index_select(0, packed.int()).view(torch.float32)
 
 
 def block_scales(absmax: torch.Tensor, nested: Optional[Nested], blocks: torch.Tensor) -> torch.Tensor:

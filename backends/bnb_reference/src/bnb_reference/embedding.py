@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from bnb_core.ops.spec import Nested
 from bnb_reference import kernel
 from bnb_reference.blocks import row_pieces
-from bnb_reference.dequantize import block_scales
+from bnb_reference.dequantize import block_scales, pair_table, pair_values
 from bnb_reference.int8 import row_scales
 
 
@@ -27,16 +28,20 @@ def embedding_4bit(
     out: torch.Tensor,
 ) -> None:
     """Fill `out` with rows of the table."""
-    packed, absmax, codebook = packed.view(-1), absmax.view(-1), codebook.view(-1)
-    indices, out = indices.view(-1, 1), out.view(-1, embedding_dim)
-    column = torch.arange(embedding_dim, device=packed.device)
+    packed, absmax, indices, out = packed.view(-1), absmax.view(-1), indices.view(-1, 1), out.view(-1, embedding_dim)
+    # A row is made of runs, which lie within one block each; and in whole bytes, but where rows have an odd number of elements.
+    run = math.gcd(embedding_dim, blocksize)
+    runs_in_row = torch.arange(embedding_dim // run, device=packed.device)
+    pairs, codebook = pair_table(codebook), codebook.view(-1)
     for rows in row_pieces(len(indices), embedding_dim, packed.device):
-        # Rows may start within a byte or a block, so each element looks up its own.
-        element = (indices[rows].long() * embedding_dim + column).view(-1)
-        pair = packed.index_select(0, element >> 1)
-        code = torch.where((element & 1).bool(), pair & 15, pair >> 4)
-        block = torch.div(element, blocksize, rounding_mode="floor")
-        values = codebook.index_select(0, code.int()).mul_(block_scales(absmax, nested, block))
+        runs = (indices[rows].long() * len(runs_in_row) + runs_in_row).view(-1)
+        if run > 1:
+            values = pair_values(pairs, packed.view(-1, run // 2).index_select(0, runs).view(-1))
+        else:
+            pair = packed.index_select(0, runs >> 1)
+            values = codebook.index_select(0, torch.where((runs & 1).bool(), pair & 15, pair >> 4).int())
+        blocks = torch.div(runs * run, blocksize, rounding_mode="floor")
+        values.view(-1, run).mul_(block_scales(absmax, nested, blocks)[:, None])
         out[rows] = values.view(-1, embedding_dim)
 
 

@@ -241,7 +241,7 @@ class _Rule:
 def _scalar(value: Number, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(_wide(device))
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _mean(beta: Number, average: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Products that have gradients."""

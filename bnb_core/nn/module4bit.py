@@ -1,0 +1,125 @@
+"""What modules with a 4-bit weight share: its statistics, and how checkpoints have them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, List, Mapping, Optional, Set
+
+import torch
+
+from bnb_core.errors import InvalidArgumentError, NotQuantizedError
+from bnb_core.nn.parameters import Params4bit, map_quant_state
+from bnb_core.nn.quantized_module import QuantizedModule
+from bnb_core.ops.checks import FLOAT_DTYPES
+from bnb_core.quantization.checkpoint import PACKED_PREFIX
+from bnb_core.quantization.state import QuantState
+
+#: Start of the name under which a checkpoint has the statistics that are not tensors.
+_PACKED = f"quant_state.{PACKED_PREFIX}"
+
+
+class Module4bit(QuantizedModule):
+    """A module of which `weight` is a `Params4bit`, and `quant_state` the statistics that belong to its codes."""
+
+    quant_state: Optional[QuantState] = None
+
+    def _not_quantized(self) -> NotQuantizedError:
+        return NotQuantizedError(
+            f"{type(self).__name__}: the weight is not quantized; move the module to a device first, "
+            "by .to(device), .cuda() or .cpu()"
+        )
+
+    # ---------------------------------------------------------------------------------------------------------------- statistics
+
+    def _statistics(self, weight: Any) -> Optional[QuantState]:
+        if not getattr(weight, "bnb_quantized", True):
+            return None
+        state = getattr(weight, "quant_state", None)
+        return self.quant_state if state is None else state
+
+    def _keep_statistics(self, statistics: QuantState) -> None:
+        self.quant_state = statistics
+        if isinstance(self.weight, Params4bit):
+            self.weight.quant_state = statistics
+
+    def _map_statistics(self, statistics: QuantState, move: Any) -> QuantState:
+        return map_quant_state(statistics, move)
+
+    def _adopt(self, weight: torch.Tensor) -> None:
+        if isinstance(weight, Params4bit):
+            self.quant_state = weight.quant_state if weight.bnb_quantized else None
+
+    # --------------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = self._statistics(self.weight)
+        if state is not None:
+            for name, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
+
+    def _load_weight(self, entries: Dict[str, Any], assign: bool, missing: List[str], errors: List[str]) -> Set[str]:
+        source = entries["weight"].data
+        saved = {name[len("weight.") :]: value for name, value in entries.items() if name.startswith("weight.")}
+        shape = self._weight_shape()
+        if not saved and tuple(source.shape) == shape:
+            return self._load_values(source, assign)
+        if not saved and source.numel() * source.element_size() != (math.prod(shape) + 1) // 2:
+            return set()
+        handled = {"weight", *(f"weight.{name}" for name in saved)}
+        described = self.weight if self.quant_state is None else self.quant_state
+        missing.extend(f"weight.{name}" for name in missing_statistics(saved, described.quant_type))
+        if missing:
+            return handled
+        device = source.device if assign or self.weight.is_meta else self.weight.device
+        new = Params4bit.from_prequantized(source, saved, device=device)
+        assert new.quant_state is not None
+        if tuple(new.quant_state.shape) != shape:
+            found = list(new.quant_state.shape)
+            errors.append(f"size mismatch: the checkpoint's weight is of shape {found}, the module's of shape {list(shape)}.")
+            return handled
+        if not assign and source.device == device:
+            new = new._moved(torch.clone)
+        new.module = self
+        self._replace_weight(new, assign)
+        return handled
+
+    def _load_values(self, source: torch.Tensor, assign: bool) -> Set[str]:
+        """Load floating-point values."""
+        weight, quantized = self.weight, self._statistics(self.weight) is not None
+        if not isinstance(weight, Params4bit) or not (assign or quantized):
+            return set()
+        new = weight._like(source if assign else source.clone(), module=self, quant_state=None, bnb_quantized=False)
+        self._replace_weight(new.to(weight.device) if quantized else new, assign)
+        return {"weight"}
+
+
+def require_compute_dtype(module: str, dtype: Optional[torch.dtype]) -> None:
+    """Refuse dtypes that products with a 4-bit weight are not computed in.
+
+    Args:
+        module: name of the module's class.
+        dtype: None for the dtype of each input.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InvalidArgumentError(
+            f"{module}: compute_dtype is {dtype}; it must be torch.float32, torch.float16 or torch.bfloat16, or None for the dtype "
+            "of each input"
+        )
+
+
+def missing_statistics(saved: Mapping[str, Any], quant_type: Optional[str]) -> List[str]:
+    """Name the statistics that a checkpoint lacks.
+
+    Args:
+        saved: the ones that it has, by their names in it without that of the weight.
+        quant_type: that of the weight which they are for, in case the checkpoint does not say.
+    """
+    names = ["absmax", "quant_map"]
+    absmax = saved.get("absmax")
+    if any(name.startswith("nested_") for name in saved) or (absmax is not None and absmax.dtype == torch.uint8):
+        names += ["nested_absmax", "nested_quant_map"]
+    missing = [name for name in names if name not in saved]
+    if not any(name.startswith(_PACKED) for name in saved):
+        missing.append(f"{_PACKED}{quant_type}")
+    return missing
