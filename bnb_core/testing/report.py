@@ -84,14 +84,14 @@ class Report:
         name = self._config.getoption("--bnb-backend")
         if not name:
             return []
-        from bnb_core.backends import get_backend
+        from bnb_core.testing.subject import Subject
 
         versions = _versions()
-        written_for = "{}.{}".format(*get_backend(name).api_version)
+        subject = Subject(name, self._config.getoption("--bnb-device"))
+        written_for = "{}.{}".format(*subject.backend.api_version)
         lines = [
             f"bnb: bnb-core {versions['bnb_core']}, backend API {versions['api_version']}, torch {versions['torch']}",
-            f"bnb backend: {name} ({_distribution(name)}; written for backend API {written_for}), "
-            f"device: {self._config.getoption('--bnb-device') or 'default'}",
+            f"bnb backend: {name} ({_distribution(name)}; written for backend API {written_for}) on {subject.device}",
         ]
         from bnb_core.backends import environment, list_backends
 

@@ -82,7 +82,7 @@ def test_partial_backend(project):
         BNB_BACKENDS="x",
     )
     assert status == 0, output
-    assert "bnb backend: partial (this process; written for backend API 1.0), device: default" in output
+    assert "bnb backend: partial (this process; written for backend API 1.0) on cpu" in output
     assert "bnb environment: BNB_BACKENDS is set but unknown; did you mean BNB_BACKEND?" in output
     assert "partial does not implement gemm_4bit" in output
     assert "partial refuses int8_matmul: five rows" in output

@@ -69,6 +69,7 @@ def _call(
     edit_grad: Callable[[torch.Tensor], None] = lambda grad: None,
     layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     new: bool = False,
+    blocksize: int = OPTIMIZER_BLOCKSIZE,
 ) -> Tuple[Any, ...]:
     """Return the arguments of a step.
 
@@ -80,6 +81,7 @@ def _call(
         edit_grad: changes a gradient in place.
         layout: gives a parameter other strides. States take them over if it is dense.
         new: all states are zero.
+        blocksize: of 8-bit states.
     """
     algorithm, given = VARIANTS[variant]
     hyperparameters = Hyperparameters(**given)
@@ -104,7 +106,7 @@ def _call(
         state = [as_torch(value.astype(np.float32), torch.float32) for value in values]
         if kernel.spec.name == "optimizer_step_8bit_blockwise_":
             table = codebooks["dynamic_unsigned" if positive else "dynamic"]
-            codes, absmax = quantize_states(state, table)
+            codes, absmax = quantize_states(state, table, blocksize)
             states.append([torch.empty_like(p, dtype=torch.uint8).copy_(c) for p, c in zip(params, codes)])
             scales.append(absmax)
             tables.append(table)
@@ -112,7 +114,7 @@ def _call(
             states.append([torch.empty_like(p, dtype=torch.float32).copy_(s) for p, s in zip(params, state)])
     tail = (algorithm, hyperparameters, step, lr)
     if kernel.spec.name == "optimizer_step_8bit_blockwise_":
-        return (params, grads, *states, *scales, *tables, *tail, OPTIMIZER_BLOCKSIZE)
+        return (params, grads, *states, *scales, *tables, *tail, blocksize)
     return (params, grads, *states, *tail)
 
 
@@ -192,6 +194,12 @@ def test_lists_with_empty_tensors(bnb_kernel: KernelUnderTest) -> None:
 @for_both_formats
 def test_many_tensors(bnb_kernel: KernelUnderTest) -> None:
     bnb_kernel.verify(*_call(bnb_kernel, "adam-decoupled", shapes=tuple((1 + i * 37 % 300,) for i in range(50))))
+
+
+@for_ops("optimizer_step_8bit_blockwise_")
+@pytest.mark.parametrize("blocksize", [64, 100, 4096])
+def test_blocks_of_other_sizes(bnb_kernel: KernelUnderTest, blocksize: int) -> None:
+    bnb_kernel.verify(*_call(bnb_kernel, "adam-decoupled", shapes=((1000,), (7, 9)), blocksize=blocksize))
 
 
 @for_ops("optimizer_step_8bit_blockwise_")
