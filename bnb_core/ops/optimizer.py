@@ -179,16 +179,12 @@ def same_storage_order(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
     return tensor.stride() == strides or all(x == y for x, y, size in zip(tensor.stride(), strides, tensor.shape) if size != 1)
 
 
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 0 and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
-
-
 def _check_lists(op: str, params: Tensors, grads: Tensors, states: Sequence[Tensors], dtype: torch.dtype) -> None:
     if len(grads) != len(params):
         raise InvalidArgumentError(f"{op}: {len(params)} params and {len(grads)} grads; give one gradient for each parameter")
     for param, grad in zip(params, grads):
         checks.require_float(op, "a parameter", param)
-        if _is_expanded(param):
+        if checks.is_expanded(param):
             raise InvalidArgumentError(
                 f"{op}: a parameter of shape {list(param.shape)} and strides {list(param.stride())} is expanded, so that elements "
                 "share memory; use `param.clone()`"
