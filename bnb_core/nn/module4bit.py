@@ -94,6 +94,23 @@ class Module4bit(QuantizedModule):
         return {"weight"}
 
 
+def fix_4bit_weight_quant_state_from_module(module: Module4bit) -> None:
+    """Give the weight of a 4-bit module back what its codes stand for, from the copy that the module keeps.
+
+    The modules of bnb_core do without; this is for code that looks at the weight after FSDP has replaced it by an ordinary one.
+
+    Args:
+        module: left as it is where its weight has a quant_state.
+    """
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return
+    if not isinstance(weight, Params4bit):
+        module.weight = Params4bit(weight, quant_storage=weight.dtype, bnb_quantized=True, quant_state=module.quant_state)
+    else:
+        weight.quant_state = module.quant_state
+
+
 def require_compute_dtype(module: str, dtype: Optional[torch.dtype]) -> None:
     """Refuse dtypes that products with a 4-bit weight are not computed in.
 

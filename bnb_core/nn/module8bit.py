@@ -11,8 +11,9 @@ from bnb_core.nn.parameters import Int8Params
 from bnb_core.nn.quantized_module import QuantizedModule
 from bnb_core.quantization.products import MatmulLtState
 
-#: What a checkpoint's `weight_format` says of row-major codes, the only ones since bitsandbytes 0.46.
-_ROW_FORMATS = (0, "row")
+#: The layouts of int8 weights by the number that checkpoints have for each; since bitsandbytes 0.46 there is only "row".
+LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
+INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {number: name for name, number in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()}
 
 
 class Module8bit(QuantizedModule):
@@ -89,10 +90,35 @@ class Module8bit(QuantizedModule):
         return absmax
 
 
+def maybe_rearrange_weight(
+    state_dict: Dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: List[str],
+    unexpected_keys: List[str],
+    error_msgs: List[str],
+) -> None:
+    """Take the layout of an int8 weight out of a state dict that is about to be loaded: a load_state_dict pre-hook of bitsandbytes.
+
+    The modules of bnb_core see to this themselves.
+
+    Args:
+        state_dict: changed in place; left as it is where it has no weight.
+        prefix: of the module's entries.
+        local_metadata, strict, missing_keys, unexpected_keys, error_msgs: what torch calls such hooks with. Nothing of it is read.
+
+    Raises:
+        CheckpointError: the codes are not row-major.
+    """
+    if f"{prefix}weight" in state_dict:
+        _require_row_format(state_dict.pop(f"{prefix}weight_format", "row"))
+
+
 def _require_row_format(weight_format: Any) -> None:
     if isinstance(weight_format, torch.Tensor):
         weight_format = weight_format.tolist()
-    if weight_format not in _ROW_FORMATS:
+    if weight_format not in ("row", LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]):
         raise CheckpointError(
             f"weight_format is {weight_format!r}; only row-major codes, 0 or 'row', can be loaded. Save the model again with "
             "bitsandbytes 0.45, which can still read the others"

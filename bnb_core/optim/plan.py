@@ -132,8 +132,8 @@ class Plan:
         calls: List[Call] = []
         for bucket in self._buckets:
             options = optimizer.options(optimizer.param_groups[bucket.group], bucket.override)
-            hyperparameters = optimizer.hyperparameters(options)
-            if optimizer.slots_for(hyperparameters) != bucket.slots:
+            hyperparameters = optimizer.rules.hyperparameters(options)
+            if optimizer.rules.slots_for(hyperparameters) != bucket.slots:
                 return None
             gradients = [grads[place] for place in bucket.places]
             on_device = self._capturable[bucket.group] or not readable
@@ -155,14 +155,14 @@ def _members(optimizer: "Optimizer", overrides: Dict[int, Dict[str, Any]]) -> It
                 override = None if given is None else optimizer.translate_override(given)
                 options = optimizer.options(group, override)
                 optimizer.check(options)
-                known[id(given)] = override, options, optimizer.slots_for(optimizer.hyperparameters(options))
+                known[id(given)] = override, options, optimizer.rules.slots_for(optimizer.rules.hyperparameters(options))
             override, options, slots = known[id(given)]
             state = optimizer.state[param]
             small = param.numel() < options["min_8bit_size"]
             format = format_of(state) or FORMATS[32 if small else options["optim_bits"]]
             for slot in slots:
                 if slot is not None and slot.key not in state:
-                    format.add(state, slot, param, optimizer.initial_value(options))
+                    format.add(state, slot, param, optimizer.rules.initial_value(options))
                 elif slot is not None:
                     format.follow(state, slot, param)
             yield _Member(place, param, state, index, override, slots, format)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.spec import Nested
-from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, read_entries
+from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, pack_dict_to_tensor, read_entries
 
 
 class QuantState:
@@ -146,8 +145,7 @@ class QuantState:
             return entries
         tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
         others = {key: value for key, value in entries.items() if key not in tensors}
-        text = json.dumps(others).encode("utf-8")
-        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = pack_dict_to_tensor(others)
         return tensors
 
     @classmethod
