@@ -147,6 +147,8 @@ class MatmulLtState:
     is_training: bool = True
     has_fp16_weights: bool = True
     use_pool: bool = False
+    #: peft up to 0.13, the last for Python 3.8, reads it. bitsandbytes has had no other way to take gradients since 0.45.
+    memory_efficient_backward = False
     #: Mask or indices.
     _outliers: Optional[torch.Tensor] = field(default=None, init=False, repr=False)
 
