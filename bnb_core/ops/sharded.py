@@ -8,6 +8,7 @@ from typing import Any, Callable, Sequence
 import torch
 
 from bnb_core.errors import InvalidArgumentError
+from bnb_core.ops.outputs import contiguous_strides
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -24,6 +25,23 @@ def local_part(tensor: Any) -> torch.Tensor:
     with torch.no_grad():
         local = tensor.to_local()
     return local.wait() if hasattr(local, "wait") else local  # what a collective that is under way will have written
+
+
+def with_part(part: torch.Tensor, like: Any, shape: Sequence[int], placements: Sequence[Any]) -> torch.Tensor:
+    """Return the DTensor of which this process has `part`, sharing its memory.
+
+    Args:
+        part: on any device. `DTensor.from_local` would move what FSDP has offloaded to the CPU back to the GPU.
+        like: a DTensor with the mesh of processes.
+        shape: of the whole, which is contiguous.
+        placements: how it is sharded.
+    """
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    shape = torch.Size(shape)
+    meta = TensorMeta(shape, contiguous_strides(shape), part.dtype)
+    cls: Any = sys.modules["torch.distributed.tensor"].DTensor
+    return cls(part, DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 def refuse_sharded(what: str, tensors: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
