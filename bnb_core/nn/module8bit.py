@@ -55,7 +55,7 @@ class Module8bit(QuantizedModule):
     @property
     def weight_format(self) -> torch.Tensor:
         """What checkpoints say of the order of the codes: by rows."""
-        return torch.tensor(_ROW_FORMATS[0], dtype=torch.uint8)
+        return torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8)
 
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
