@@ -1,6 +1,6 @@
 """bnb_core under the name bitsandbytes: what clients of version 0.50.2 import, most of it the same objects."""
 
-from bitsandbytes import cextension, consts, cuda_specs, functional, nn, optim, utils
+from bitsandbytes import _ops, autograd, cextension, consts, cuda_specs, functional, nn, optim, utils
 from bitsandbytes.autograd._functions import MatmulLtState, matmul, matmul_4bit
 from bitsandbytes.nn import modules
 from bitsandbytes.optim import adam
@@ -15,7 +15,9 @@ supported_torch_devices = {"cpu", "cuda", "xpu", "hpu", "npu", "mps"}
 __all__ = [
     "MatmulLtState",
     "__version__",
+    "_ops",
     "adam",
+    "autograd",
     "cextension",
     "consts",
     "cuda_specs",
