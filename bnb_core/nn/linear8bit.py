@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any, Tuple
 
 import torch
 
@@ -73,8 +73,7 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             NotQuantizedError: the weight is codes without scales.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, threshold = self.weight, self.state.threshold
-        bias: Optional[torch.Tensor] = self.bias
+        weight, bias, threshold = self._parameter("weight"), self._parameter("bias"), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
         absmax = self._statistics(weight)

@@ -10,6 +10,7 @@ import torch
 from bnb_core.errors import CheckpointError
 from bnb_core.nn.parameters import Int8Params
 from bnb_core.nn.quantized_module import QuantizedModule
+from bnb_core.ops.sharded import is_sharded
 from bnb_core.quantization.products import MatmulLtState
 
 #: The layouts of int8 weights by the number that checkpoints have for each; since bitsandbytes 0.46 there is only "row".
@@ -93,12 +94,22 @@ class Module8bit(QuantizedModule):
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def SCB(self) -> Optional[torch.Tensor]:  # noqa: N802
+        """The largest magnitude in each row of a quantized weight: an entry of checkpoints, by its name there."""
+        return self._statistics(self.weight)
+
+    @property
+    def weight_format(self) -> torch.Tensor:
+        """What checkpoints say of the order of the codes: by rows."""
+        return torch.tensor(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"], dtype=torch.uint8)
+
     def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         absmax = self._statistics(self.weight)
         if absmax is not None:
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
+            destination[f"{prefix}weight_format"] = self.weight_format
 
     def _load_weight(self, entries: Dict[str, Any], assign: bool, missing: List[str], errors: List[str]) -> Set[str]:
         source, weight = entries["weight"].data, self.weight
@@ -110,6 +121,10 @@ class Module8bit(QuantizedModule):
             return done
         if source.dtype != torch.int8:
             quantized = self._statistics(self.weight) is not None
+            if quantized and is_sharded(weight):
+                raise CheckpointError(
+                    f"the checkpoint has {source.dtype} values, and a sharded weight cannot be quantized; load it before sharding"
+                )
             if not isinstance(weight, Int8Params) or not (assign or quantized):
                 return done
             new = weight._like(source if assign else source.clone(), CB=None, SCB=None)
@@ -119,6 +134,9 @@ class Module8bit(QuantizedModule):
             missing.append("SCB")
             return {"weight", *done}
         absmax = self._checked_scales(entries["SCB"])
+        if is_sharded(weight):
+            self._keep_statistics(absmax.to(weight.device, copy=not assign))
+            return done
         device = source.device if assign or weight.is_meta else weight.device
         codes, absmax = (tensor.to(device, copy=not assign) for tensor in (source, absmax))
         self._replace_weight(Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax), assign)

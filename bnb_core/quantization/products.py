@@ -139,6 +139,9 @@ class MatmulLtState:
         InvalidArgumentError: an argument that nothing depends on.
     """
 
+    #: peft up to 0.13, the last for Python 3.8, reads it. bitsandbytes has had no other way to take gradients since 0.45.
+    memory_efficient_backward = False
+
     def __init__(
         self,
         force_no_igemmlt: bool = False,

@@ -160,6 +160,20 @@ result = [
     assert evaluate(code) == [[], [], [], [], True, True]
 
 
+def test_features(evaluate):
+    assert evaluate("result = [sorted(bnb.features), hasattr(bnb, 'feature')]") == [["multi_backend"], False]
+
+
+def test_old_transformers_is_told_that_a_cpu_will_do(evaluate):
+    code = """
+import sys, types
+old = sys.modules["transformers.integrations.bitsandbytes"] = types.ModuleType("transformers.integrations.bitsandbytes")
+old.is_ipex_available = lambda: False
+result = [old.is_ipex_available(), "multi_backend" in bnb.features and old.is_ipex_available()]
+"""
+    assert evaluate(code) == [False, True]
+
+
 def test_optimizers_are_told_by_their_module(evaluate):
     code = """
 import pickle

@@ -363,6 +363,10 @@ def test_state_defaults_are_those_of_bitsandbytes():
         assert getattr(state, name) is None
 
 
+def test_state_answers_peft_for_python_38():
+    assert bnb.MatmulLtState().memory_efficient_backward is False
+
+
 def test_reset_grads_forgets_the_weight():
     state = inference_state(torch.randn(4, 8), threshold=3.0)
     state.reset_grads()
