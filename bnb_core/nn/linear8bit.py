@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any, Tuple
 
 import torch
 
@@ -58,9 +58,8 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             raise InvalidArgumentError("Linear8bitLt: index must be None; no weight here has its columns in another order")
         super().__init__(input_features, output_features, bias, device)
         self.index = index
-        self.state = MatmulLtState(
-            threshold=threshold, has_fp16_weights=has_fp16_weights, use_pool=threshold > 0.0 and not has_fp16_weights
-        )
+        self.state = MatmulLtState(threshold=threshold, has_fp16_weights=has_fp16_weights)
+        self.state.use_pool = threshold > 0.0 and not has_fp16_weights
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,8 +72,7 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             NotQuantizedError: the weight is codes without scales.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, threshold = self.weight, self.state.threshold
-        bias: Optional[torch.Tensor] = self.bias
+        weight, bias, threshold = self._parameter("weight"), self._parameter("bias"), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
         absmax = self._statistics(weight)
