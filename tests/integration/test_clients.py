@@ -174,4 +174,5 @@ def test_supervised_fine_tuning_loses_as_with_bitsandbytes(ours, theirs):
 
 @pytest.mark.parametrize("task", OFFLOAD)
 def test_offload(ours, task):  # with bitsandbytes, a 4-bit weight cannot be brought back from the meta device
-    assert ours[task] == {"same": True, "places": ["cpu"]}
+    assert set(ours[task]) >= {"places", "memory", "disk"}
+    assert all(ours[task].values())
