@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bnb_core.integrations.safetensors_file import SafetensorsReader, Safetensor
 safetensors = pytest.importorskip("safetensors.torch")
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+KILL_EVERYWHERE = Path(__file__).parents[1] / "reliability" / "kill_everywhere.py"
 LAYERS = [f"model.layers.{index}.mlp.{name}_proj" for index in range(2) for name in ("up", "down")]
 
 
@@ -148,6 +151,42 @@ def test_a_killed_run_goes_on(tmp_path):
     assert "model-00001-of-00003.safetensors was finished before" in seen
     assert (tmp_path / "out" / first.name).stat().st_mtime_ns == made
     assert_same(read(tmp_path / "out"), in_memory(tensors, "nf4"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes that were forked")
+def test_a_kill_at_any_step(tmp_path):
+    write(tmp_path / "source", {f"model.layers.{index}.up_proj.weight": torch.randn(8, 64) for index in range(2)}, shards=2)
+    (tmp_path / "folder").mkdir()
+    run = subprocess.run(
+        [sys.executable, str(KILL_EVERYWHERE), str(tmp_path / "source"), str(tmp_path / "folder")],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert int(run.stdout) > 30
+
+
+def test_two_at_once(tmp_path):
+    tensors = weights()
+    source = write(tmp_path / "source", tensors)
+    refused = []
+
+    def begin_another(count, what):
+        with pytest.raises(StorageError, match="is being written by process") as caught:
+            bnb.quantize_checkpoint(source, tmp_path / "out")
+        refused.append(caught)
+        with pytest.raises(StorageError, match="is being written by process"):
+            bnb.save_quantized(small_model(), tmp_path / "out")
+
+    bnb.quantize_checkpoint(source, tmp_path / "out", progress=begin_another)
+    assert refused
+    assert_same(read(tmp_path / "out"), in_memory(tensors, "nf4"))
+
+
+def small_model():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    bnb.quantize_model(model)
+    return model
 
 
 @pytest.mark.parametrize("change", ["damage", "other options"])
