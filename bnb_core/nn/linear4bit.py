@@ -10,7 +10,6 @@ from bnb_core.errors import InvalidArgumentError
 from bnb_core.nn.module4bit import Module4bit, require_compute_dtype
 from bnb_core.nn.parameters import Params4bit, plain_data
 from bnb_core.quantization.codebooks import get_4bit_type
-from bnb_core.quantization.layout import as_bytes
 
 
 class Linear4bit(Module4bit, torch.nn.Linear):
@@ -90,7 +89,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
             bias = bias.to(dtype)
         packed = plain_data(weight)
         if packed.dtype != torch.uint8:
-            packed = as_bytes(packed)
+            packed = self._bytes(packed)
         y = state.multiply(x, packed, bias)
         return y if dtype == given else y.to(given)
 

@@ -58,9 +58,8 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             raise InvalidArgumentError("Linear8bitLt: index must be None; no weight here has its columns in another order")
         super().__init__(input_features, output_features, bias, device)
         self.index = index
-        self.state = MatmulLtState(
-            threshold=threshold, has_fp16_weights=has_fp16_weights, use_pool=threshold > 0.0 and not has_fp16_weights
-        )
+        self.state = MatmulLtState(threshold=threshold, has_fp16_weights=has_fp16_weights)
+        self.state.use_pool = threshold > 0.0 and not has_fp16_weights
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

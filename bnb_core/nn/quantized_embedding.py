@@ -14,7 +14,6 @@ from bnb_core.nn.quantized_module import QuantizedModule, cast_dtype
 from bnb_core.ops import embedding_4bit, embedding_8bit
 from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.quantization.codebooks import get_4bit_type
-from bnb_core.quantization.layout import as_bytes
 from bnb_core.quantization.products import MatmulLtState
 
 
@@ -98,7 +97,7 @@ class Embedding4bit(Module4bit, _QuantizedTable):
     def _rows(self, indices: torch.Tensor, data: torch.Tensor, statistics: Any, dtype: torch.dtype) -> torch.Tensor:
         return embedding_4bit(
             indices,
-            as_bytes(data),
+            self._bytes(data),
             statistics.absmax,
             statistics.code,
             statistics.blocksize,

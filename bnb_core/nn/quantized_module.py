@@ -8,6 +8,7 @@ import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.nn.parameters import QuantizedParameter
+from bnb_core.ops.sharded import is_sharded, local_part, with_part
 from bnb_core.quantization.layout import as_bytes
 
 _Move = Callable[[torch.Tensor], torch.Tensor]
@@ -145,6 +146,9 @@ def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:
 
     What `torch.nn.Module` moves tensors by may cast them too, but never casts bytes, unless it casts whatever comes.
     """
+    if is_sharded(tensor):
+        whole: Any = tensor
+        return with_part(move_bytes(move, local_part(tensor)), whole, whole.shape, whole.placements)
     data = as_bytes(tensor)
     moved = move(data)
     if moved.dtype != torch.uint8:

@@ -93,13 +93,16 @@ class StepBatch:
         params: the parameters.
         states: the op's arguments between `grads` and `algorithm`. They belong to the caller, who makes a new batch when it
             replaces one, or when its hyperparameters need other states.
+        blocksize: of 8-bit states.
     """
 
-    def __init__(self, op: OptimizerStep, params: List[torch.Tensor], states: Sequence[Any]) -> None:
+    def __init__(
+        self, op: OptimizerStep, params: List[torch.Tensor], states: Sequence[Any], blocksize: int = OPTIMIZER_BLOCKSIZE
+    ) -> None:
         self._op = op
         self._params = params
         self._states = tuple(states)
-        self._tail = (OPTIMIZER_BLOCKSIZE,) if op is STEP_8BIT else ()
+        self._tail = (blocksize,) if op is STEP_8BIT else ()
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._layouts = [(param.stride(), param.numel()) for param in params]

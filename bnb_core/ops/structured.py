@@ -25,6 +25,7 @@ from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_
 from bnb_core.ops.outputs import Output, allocator, check_out, store, targets_for
 from bnb_core.ops.plain import REGISTERED, is_compiling, is_plain, ordinary_execution, transforms_differentiate
 from bnb_core.ops.schema import flatten, names_of, tensors_of
+from bnb_core.ops.sharded import refuse_sharded
 from bnb_core.ops.spec import OPS, Nested
 
 if REGISTERED:
@@ -247,7 +248,7 @@ class StructuredOp:
         """Run the op through torch, on arguments of the right Python types.
 
         Raises:
-            InvalidArgumentError: the arguments or `out` do not fit the op.
+            InvalidArgumentError: the arguments or `out` do not fit the op, or a tensor is a DTensor.
             OpNotSupportedError: this torch is too old to have the op.
         """
         if not REGISTERED:
@@ -255,6 +256,8 @@ class StructuredOp:
                 f"{self.spec.name}: torch.jit.trace and torch.func need torch 2.4 or newer, this is {torch.__version__}; "
                 "call it outside them"
             )
+        if not is_compiling():
+            refuse_sharded(self.spec.name, tensors_of(self.spec, args), partial(names_of, self.spec, args))
         if is_compiling() or out is not None:
             outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
         if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
@@ -13,7 +12,7 @@ from bnb_core.ops.plain import ordinary_execution
 from bnb_core.ops.repeated import Repeated
 from bnb_core.ops.spec import Nested
 from bnb_core.ops.structured import structured_op
-from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, read_entries
+from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, pack_dict_to_tensor, read_entries
 
 
 class QuantState:
@@ -179,8 +178,7 @@ class QuantState:
             return entries
         tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
         others = {key: value for key, value in entries.items() if key not in tensors}
-        text = json.dumps(others).encode("utf-8")
-        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = pack_dict_to_tensor(others)
         return tensors
 
     @classmethod

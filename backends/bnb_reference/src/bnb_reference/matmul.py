@@ -125,7 +125,6 @@ def _operand(x: torch.Tensor, weight: Values4bit) -> torch.Tensor:
         and devices.multiplies_bfloat16(x.device)
         and _moderate(x)
         and _moderate(weight.scales())
-
         and _moderate(weight.codebook)
     ):
         return x
