@@ -16,8 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
@@ -283,6 +285,21 @@ def differences(before, after):
     return {key: [kept[key][0], change.item()] for key, change in changes.items()}
 
 
+def gather(name):
+    """Bring a model's weights from sharded layers into layers that are not, and back into sharded ones."""
+    model = build(name)
+    expected = model(batch(0, split=False))
+    sharded, whole_weights = shard(model), StateDictOptions(full_state_dict=True)
+    gathered = get_model_state_dict(sharded, options=whole_weights)
+    alone = build(name)
+    with torch.no_grad():
+        for param in (*alone.parameters(), *sharded.parameters()):
+            param.zero_()
+    alone.load_state_dict(gathered)
+    set_model_state_dict(sharded, gathered, options=whole_weights)
+    return [torch.equal(result(batch(0, split=False)), expected) for result in (alone, sharded)]
+
+
 def cast(name):
     """Move and cast a sharded model, as is done to any other, before and during its training."""
     model = build(name)
@@ -327,6 +344,10 @@ def refusals():
     states["state"][0]["__bnb_optimizer_quant_state__"]["absmax1"] = torch.zeros(FEATURES, 2)
     states["state"][0]["__bnb_optimizer_quant_state__"]["state1"] = torch.zeros(FEATURES + 1, FEATURES, dtype=torch.uint8)
     found["states"] = refusal(lambda: adam.load_state_dict(states))
+    whole_weights = {name: whole(tensor) for name, tensor in distribute(Network("float32"), "fsdp").state_dict().items()}
+    sharded, alone = distribute(Network("float32"), "fsdp"), Network("float32")
+    found["whole into sharded"] = refusal(lambda: sharded.load_state_dict(whole_weights))
+    found["sharded into whole"] = refusal(lambda: alone.load_state_dict(sharded.state_dict()))
     return found
 
 

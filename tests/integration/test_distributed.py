@@ -197,6 +197,11 @@ def test_sharded_checkpoints_are_read_by_any_number_of_ranks(ranks, tmp_path, mo
             assert loaded == saved
 
 
+@pytest.mark.parametrize("model", ["float32", "uint8", "int8"])
+def test_weights_move_between_sharded_and_whole_layers(ranks, model):
+    assert ranks[2].run("gather", model) == [[True, True]] * 2
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW8bit", "AdEMAMix8bit", "AdamW"])
 def test_states_move_between_sharded_and_whole_parameters(ranks, optimizer):
     first, second = ranks[2].run("exchange", "rows", optimizer)
@@ -259,4 +264,9 @@ def test_what_cannot_be_done_is_refused_with_what_to_do_instead(ranks):
         error, message = found["states"]
         assert error == "CheckpointError"
         assert "state1 is torch.uint8 [257, 256]" in message
+        for way in ("whole into sharded", "sharded into whole"):
+            error, message = found[way]
+            assert error == "CheckpointError"
+            assert "up.base.weight" in message
+            assert "full_state_dict=True" in message
     assert "max_unorm" in both[0]["norm"][1]
