@@ -23,11 +23,11 @@ RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_versi
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
 PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
-#: By version of transformers: the last for Python 3.8, the last of 4, and one of 5, each with others of its time.
+#: By version of transformers: the last for Python 3.8, the last of 4, and one of 5, each with others of its time; and peft.
 CLIENTS = {
-    "4.46": ["transformers==4.46.3", "peft==0.13.2", "accelerate==1.0.1", "Jinja2"],
-    "4.57": PEERS,
-    "5": ["bitsandbytes==0.50.2", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "trl==1.16.0", "scipy"],
+    "4.46": (["transformers==4.46.3", "accelerate==1.0.1", "Jinja2"], "peft==0.13.2"),
+    "4.57": (PEERS, "peft==0.21.2"),
+    "5": (["bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "scipy"], "peft==0.21.2"),
 }
 CLIENT_TESTS = ["clients", "finetune", "quantized_checkpoint", "transformers_experts", "demo_checkpoint"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
@@ -98,7 +98,9 @@ def clients(session: nox.Session, transformers: str) -> None:
     """Run the tests with transformers and what is built on it, in the versions that `CLIENTS` lists."""
     install_torch(session)
     install_editable(session, *PACKAGES)
-    session.install("--prefer-binary", *TEST_TOOLS, *CLIENTS[transformers])
+    libraries, peft = CLIENTS[transformers]
+    session.install("--prefer-binary", *TEST_TOOLS, *libraries)
+    session.install("--no-deps", peft)  # 0.13 asks for torch 1.13, and runs with 1.12
     run_pytest(session, "--dist", "loadfile", *(f"tests/integration/test_{name}.py" for name in CLIENT_TESTS), *session.posargs)
 
 
