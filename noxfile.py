@@ -152,7 +152,7 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def memory(session: nox.Session) -> None:
-    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, and check how little memory that takes."""
+    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, load it, and check how little memory that takes."""
     install_torch(session)
     install_editable(session, *PACKAGES)
     session.run("python", "tests/reliability/quantize_memory.py", session.create_tmp(), *session.posargs)
