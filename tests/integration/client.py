@@ -46,18 +46,28 @@ def outputs(model):
 def answers(model):
     """Return the outputs as numbers and, of a model that generates, the most likely tokens."""
     result = {"outputs": outputs(model).double().flatten().tolist()}
-    if type(model).__name__.endswith("LMHeadModel") or "CausalLM" in type(model).__name__:
+    if model.can_generate():
         result["tokens"] = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
     return result
+
+
+def linear_layers(model):
+    return sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
+
+
+def compared(model, checkpoints, shape):
+    """Return what a quantized model answers, beside the model without quantization and beside what its codes stand for."""
+    return {
+        "layers": linear_layers(model),
+        "unquantized": answers(load(checkpoints, shape)),
+        "exact": answers(exact_model(model, load(checkpoints, shape))),
+        **answers(model),
+    }
 
 
 def contents(state):
     """Return a state dict as bytes: codes that are stored as floating-point numbers may be NaN."""
     return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in state.items()}
-
-
-def linear_layers(model):
-    return sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
 
 
 def inference(checkpoints, shape, quantization):
@@ -68,21 +78,17 @@ def inference(checkpoints, shape, quantization):
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, device_map="cpu", **FLOAT32).eval()
     return {
-        "layers": linear_layers(model),
         # Without texts, in which bitsandbytes' nested offset may have a digit more or less.
         "saved": sum(v.numel() * v.element_size() for name, v in state.items() if "bitsandbytes__" not in name),
         "reloads": contents(again.state_dict()) == before,
         "same": torch.equal(outputs(model), outputs(again)),
-        "unquantized": answers(load(checkpoints, shape)),
-        "exact": answers(exact_model(model, load(checkpoints, shape))),
-        **answers(model),
+        **compared(model, checkpoints, shape),
     }
 
 
 def prequantized(checkpoints, shape, quantization):
     """Load what `bnb quantize` has written."""
-    model = load(checkpoints, f"{shape}-{quantization}", device_map="cpu")
-    return {"layers": linear_layers(model), "exact": answers(exact_model(model, load(checkpoints, shape))), **answers(model)}
+    return compared(load(checkpoints, f"{shape}-{quantization}", device_map="cpu"), checkpoints, shape)
 
 
 #: Arguments of a Trainer: eight steps, and a checkpoint in the middle.

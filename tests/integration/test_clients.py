@@ -97,8 +97,9 @@ def test_model_is_quantized_saved_and_loaded(ours, task):
 def test_model_computes_what_its_codes_stand_for(ours, task):
     answers, exact = ours[task], ours[task]["exact"]
     assert answers.get("tokens") == exact.get("tokens")
-    # The activations of a layer have another code where rounding in the layers before has put them over a midpoint.
-    assert distance(answers, exact) < (1e-2 if "int8" in task else 1e-5)
+    # An activation has another code where rounding in the layers before has put it over a midpoint.
+    bound = 0.5 * distance(exact, answers["unquantized"]) if "int8" in task else 1e-5
+    assert distance(answers, exact) < bound
 
 
 @pytest.mark.parametrize("task", PREQUANTIZED)
