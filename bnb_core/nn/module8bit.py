@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Set
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Set
 
 import torch
 
@@ -17,10 +18,57 @@ LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "co
 INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {number: name for name, number in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()}
 
 
+class ModuleState(MatmulLtState):
+    """The state of a module, of which `CB` is the codes that its weight has now.
+
+    They are looked up: a tensor kept here would stay in memory when the weight is offloaded or replaced. Those that `matmul` makes
+    of a weight in floating point are kept.
+
+    Args:
+        module: has the weight.
+        threshold, has_fp16_weights: as in `MatmulLtState`.
+    """
+
+    _module: Callable[[], "Optional[Module8bit]"] = staticmethod(lambda: None)
+
+    def __init__(self, module: "Module8bit", threshold: float = 0.0, has_fp16_weights: bool = False) -> None:
+        self.belong_to(module)
+        super().__init__(threshold=threshold, has_fp16_weights=has_fp16_weights)
+
+    def belong_to(self, module: "Module8bit") -> None:
+        """Look codes up in this module from now on."""
+        self._module = weakref.ref(module)
+
+    @property
+    def CB(self) -> Optional[torch.Tensor]:  # noqa: N802
+        """The codes, int8 [rows, columns]; None where there are none. To set them sets the weight's, if that is quantized."""
+        weight = self._quantized_weight()
+        return self._codes if weight is None else weight.data
+
+    @CB.setter
+    def CB(self, codes: Optional[torch.Tensor]) -> None:  # noqa: N802
+        weight = self._quantized_weight()
+        self._codes = codes if weight is None else None
+        if weight is not None and codes is not None:
+            weight.data = codes
+
+    def _quantized_weight(self) -> Optional[torch.Tensor]:
+        module = self._module()
+        weight = None if module is None else module._parameters.get("weight")
+        return weight if weight is not None and weight.dtype == torch.int8 else None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_module"}
+
+
 class Module8bit(QuantizedModule):
     """A module of which `weight` is an `Int8Params`, and `state.SCB` the largest magnitude in each of its rows."""
 
-    state: MatmulLtState
+    state: "ModuleState"
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:  # of copies and pickles
+        super().__setstate__(state)
+        self.state.belong_to(self)
 
     # ---------------------------------------------------------------------------------------------------------------- statistics
 
@@ -36,14 +84,13 @@ class Module8bit(QuantizedModule):
         if isinstance(weight, Int8Params):
             weight.SCB = None if weight.SCB is None else statistics
             weight.CB = None if weight.CB is None else weight.data
-        state.CB = None if state.CB is None else weight.data
 
     def _map_statistics(self, statistics: torch.Tensor, move: Any) -> torch.Tensor:
         return move(statistics)
 
     def _adopt(self, weight: torch.Tensor) -> None:
         if isinstance(weight, Int8Params):
-            self.state.CB, self.state.SCB = None, weight.SCB
+            self.state.SCB = weight.SCB
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 

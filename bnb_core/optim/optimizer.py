@@ -13,6 +13,7 @@ from bnb_core.ops.optimizer import required_states
 from bnb_core.ops.spec import Hyperparameters
 from bnb_core.optim import checkpoint
 from bnb_core.optim.plan import Override, Plan, share_steps
+from bnb_core.optim.resharding import adapt
 from bnb_core.optim.state_formats import FORMATS, Slots, format_of
 
 #: Options of the whole optimizer. A parameter group or `GlobalOptimManager` may set them for some parameters.
@@ -319,6 +320,7 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 values = self.state[param]
                 checkpoint.settle_state(values, param)
+                adapt(values, self.rules.slots, param)
                 format = format_of(values) or FORMATS[32]
                 for slot, required in zip(self.rules.slots, always):
                     if slot is not None and (required or slot.key in values):

@@ -58,8 +58,14 @@ def shard_like(param: torch.Tensor, part: torch.Tensor, shape: Tuple[int, ...], 
     """
     if not is_sharded(param):
         return part
-    sharded: Any = param
-    return with_part(part, param, shape, _shifted(sharded.placements) if halves else sharded.placements)
+    return with_part(part, param, shape, placements_like(param, halves))
+
+
+def placements_like(param: Any, halves: bool) -> Tuple[Any, ...]:
+    """Return the placements of a sharded parameter's states, with or without another dimension before those of the parameter."""
+    if not halves:
+        return tuple(param.placements)
+    return tuple(_next_dimension(placement) if hasattr(placement, "dim") else placement for placement in param.placements)
 
 
 def is_sharded_like(param: torch.Tensor, tensor: torch.Tensor, halves: bool) -> bool:
@@ -68,8 +74,7 @@ def is_sharded_like(param: torch.Tensor, tensor: torch.Tensor, halves: bool) -> 
         return is_sharded(param) == is_sharded(tensor)
     of_param: Any = param
     of_state: Any = tensor
-    placements = _shifted(of_param.placements) if halves else of_param.placements
-    return of_state.device_mesh == of_param.device_mesh and tuple(of_state.placements) == tuple(placements)
+    return of_state.device_mesh == of_param.device_mesh and tuple(of_state.placements) == placements_like(param, halves)
 
 
 def local_gradient(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -109,11 +114,6 @@ def _is_cut(param: Any) -> bool:
 def _sharded_dimensions(param: torch.Tensor) -> Tuple[int, ...]:
     placements = getattr(param, "placements", ()) if is_sharded(param) else ()
     return tuple(placement.dim % param.dim() for placement in placements if hasattr(placement, "dim"))
-
-
-def _shifted(placements: Any) -> Any:
-    """Return the placements of a tensor with another dimension before those that these are for."""
-    return tuple(_next_dimension(placement) if hasattr(placement, "dim") else placement for placement in placements)
 
 
 def _next_dimension(placement: Any) -> Any:

@@ -12,10 +12,11 @@ import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.ops import dequantize_blockwise, quantize_blockwise
+from bnb_core.ops.checks import ceil_div
 from bnb_core.ops.optimizer import STEP_8BIT, STEP_32BIT, OptimizerStep, is_dense, same_storage_order, storage_strides
 from bnb_core.ops.sharded import is_sharded, local_part
 from bnb_core.ops.spec import OPTIMIZER_BLOCKSIZE
-from bnb_core.optim.sharding import blocks_of, is_sharded_like, shard_like
+from bnb_core.optim.sharding import blocks_of, shard_like
 from bnb_core.quantization.codebooks import shared_codebook
 
 State = Dict[str, Any]
@@ -90,14 +91,9 @@ class StateFormat:
         """
         halves = () if slot.half is None else (2,)
         blocks = blocks_of(param)
-        if blocks is None and "absmax" in self.names:
-            raise CheckpointError(
-                f"optimizer state: {slot.key} has 8-bit codes, but a parameter of shape {list(param.shape)} that is sharded so has "
-                "32-bit states; shard it by another dimension, or load states in 32 bits"
-            )
         expected = {
             "state": (self.dtype, (*halves, *param.shape)),
-            "absmax": (torch.float32, (*halves, *(blocks.shape if blocks else ()))),
+            "absmax": (torch.float32, (*halves, *(blocks.shape if blocks else (ceil_div(param.numel(), OPTIMIZER_BLOCKSIZE),)))),
             "qmap": (torch.float32, (256,)),
         }
         for name in self.names:
@@ -108,11 +104,6 @@ class StateFormat:
                 raise CheckpointError(
                     f"optimizer state: {key} is {found}; a parameter of shape {list(param.shape)} with {self.title} needs "
                     f"{dtype} {list(shape)}. Is the checkpoint that of this model and algorithm?"
-                )
-            if name != "qmap" and not is_sharded_like(param, tensor, bool(halves)):
-                raise CheckpointError(
-                    f"optimizer state: {key} is {'' if is_sharded(tensor) else 'not '}sharded, unlike its parameter or in another "
-                    "way; load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                 )
 
 

@@ -182,6 +182,19 @@ class MatmulLtState:
             return
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in ("threshold", "has_fp16_weights", "is_training", "use_pool"))
+        return f"{type(self).__name__}({shown})"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what a product depends on, and what the last one has found."""
+        if not isinstance(other, MatmulLtState):
+            return NotImplemented
+        names = ("CB", "SCB", "idx", "threshold", "has_fp16_weights", "is_training", "use_pool")
+        return all(_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
     @property
     def idx(self) -> Optional[torch.Tensor]:
         """Outlier columns of the last input, int64, in ascending order; None before a call with a threshold.
@@ -198,6 +211,12 @@ class MatmulLtState:
     def reset_grads(self) -> None:
         """Forget the quantized weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a is b or (type(a) is type(b) is not torch.Tensor and a == b))
 
 
 def matmul(

@@ -155,15 +155,29 @@ def sft(checkpoints, shape, quantization):
 
 
 def offload(checkpoints, shape, quantization):
-    """Let accelerate place the layers, and bring each weight by a hook before its layer runs."""
-    from accelerate import cpu_offload
+    """Let accelerate place the layers, and bring each weight from memory or from disk before its layer runs."""
+    from accelerate import cpu_offload, disk_offload, dispatch_model
     from accelerate.utils import infer_auto_device_map
 
-    model = load(checkpoints, shape, quantization)
-    expected = outputs(model)
+    model, cpu = load(checkpoints, shape, quantization), torch.device("cpu")
     places = infer_auto_device_map(model, max_memory={"cpu": 10**9})
-    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
-    return {"same": torch.equal(outputs(offloaded), expected), "places": sorted(set(map(str, places.values())))}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {
+            "places": dispatch_model(copy.deepcopy(model), places, main_device="cpu", force_hooks=True),
+            "memory": cpu_offload(copy.deepcopy(model), execution_device=cpu),
+            "disk": disk_offload(copy.deepcopy(model), f"{folder}/disk", execution_device=cpu),
+        }
+        if quantization != "int8":  # accelerate takes int8 weights to a GPU first
+            parts = {
+                "model.embed_tokens": "cpu",
+                "model.layers": "disk",
+                "model.norm": "cpu",
+                "model.rotary_emb": "cpu",
+                "lm_head": "cpu",
+            }
+            models["parts"] = dispatch_model(copy.deepcopy(model), parts, main_device="cpu", offload_dir=f"{folder}/parts")
+        expected = outputs(model)
+        return {name: torch.equal(outputs(placed), expected) for name, placed in models.items()}
 
 
 TASKS = {task.__name__: task for task in (inference, prequantized, trainer, qlora, sft, offload)}

@@ -2,7 +2,7 @@
 
 from typing import Set
 
-from bitsandbytes import _features, cextension, consts, cuda_specs, functional, nn, optim, utils
+from bitsandbytes import _features, _ops, autograd, cextension, consts, cuda_specs, functional, nn, optim, utils
 from bitsandbytes.autograd._functions import MatmulLtState, matmul, matmul_4bit
 from bitsandbytes.nn import modules
 from bitsandbytes.optim import adam
@@ -22,7 +22,9 @@ def __getattr__(name: str) -> Set[str]:
 __all__ = [
     "MatmulLtState",
     "__version__",
+    "_ops",
     "adam",
+    "autograd",
     "cextension",
     "consts",
     "cuda_specs",
