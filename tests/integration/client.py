@@ -18,7 +18,12 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 IDS = torch.tensor([[1, 17, 5, 40, 9, 33, 2, 61], [3, 8, 50, 21, 7, 12, 44, 30]])
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
-CONFIGS = {"nf4": NF4, "nested": {**NF4, "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
+CONFIGS = {
+    "nf4": NF4,
+    "nested": {**NF4, "bnb_4bit_use_double_quant": True},
+    "stored": {**NF4, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": torch.float32},  # as for sharding
+    "int8": {"load_in_8bit": True},
+}
 
 #: What `from_pretrained` calls the dtype.
 FLOAT32 = {"dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype": torch.float32}
@@ -41,7 +46,7 @@ def outputs(model):
 def answers(model):
     """Return the outputs as numbers and, of a model that generates, the most likely tokens."""
     result = {"outputs": outputs(model).double().flatten().tolist()}
-    if type(model).__name__.endswith("LMHeadModel") or "CausalLM" in type(model).__name__:
+    if model.can_generate():
         result["tokens"] = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
     return result
 
@@ -50,48 +55,67 @@ def linear_layers(model):
     return sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
 
 
-def inference(checkpoints, shape, quantization):
-    model = load(checkpoints, shape, quantization)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        again = type(model).from_pretrained(folder, device_map="cpu", **FLOAT32).eval()
-    reloaded = again.state_dict()
+def compared(model, checkpoints, shape):
+    """Return what a quantized model answers, beside the model without quantization and beside what its codes stand for."""
     return {
         "layers": linear_layers(model),
-        # Without texts, in which bitsandbytes' nested offset may have a digit more or less.
-        "saved": sum(v.numel() * v.element_size() for name, v in state.items() if "bitsandbytes__" not in name),
-        "reloads": state.keys() == reloaded.keys() and all(torch.equal(reloaded[name], value) for name, value in state.items()),
-        "same": torch.equal(outputs(model), outputs(again)),
         "unquantized": answers(load(checkpoints, shape)),
         "exact": answers(exact_model(model, load(checkpoints, shape))),
         **answers(model),
     }
 
 
+def contents(state):
+    """Return a state dict as bytes: codes that are stored as floating-point numbers may be NaN."""
+    return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in state.items()}
+
+
+def inference(checkpoints, shape, quantization):
+    model = load(checkpoints, shape, quantization)
+    state = model.state_dict()
+    before = contents(state)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, device_map="cpu", **FLOAT32).eval()
+    return {
+        # Without texts, in which bitsandbytes' nested offset may have a digit more or less.
+        "saved": sum(v.numel() * v.element_size() for name, v in state.items() if "bitsandbytes__" not in name),
+        "reloads": contents(again.state_dict()) == before,
+        "same": torch.equal(outputs(model), outputs(again)),
+        **compared(model, checkpoints, shape),
+    }
+
+
 def prequantized(checkpoints, shape, quantization):
     """Load what `bnb quantize` has written."""
-    model = load(checkpoints, f"{shape}-{quantization}", device_map="cpu")
-    return {"layers": linear_layers(model), "exact": answers(exact_model(model, load(checkpoints, shape))), **answers(model)}
+    return compared(load(checkpoints, f"{shape}-{quantization}", device_map="cpu"), checkpoints, shape)
 
 
-#: Arguments of a Trainer: eight steps.
+#: Arguments of a Trainer: eight steps, and a checkpoint in the middle.
 TRAINING = {
-    "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "report_to": [], "save_strategy": "no",
+    "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "report_to": [], "save_steps": 4,
     "use_cpu": True, "disable_tqdm": True, "seed": 0,
 }  # fmt: skip
 
 
-def trained(trainer):
-    """Train, and return what there is to say of it."""
+def trained(make_trainer, folder):
+    """Train, once from the start and once from the checkpoint in the middle, and return what there is to say of it."""
+    trainer = make_trainer()
     trainer.train()
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
     optimizer = trainer.optimizer.optimizer
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": losses_of(trainer),
+        "resumed": losses_of(resumed),
         "optimizer": str(type(optimizer)),
         "quantized": any(value.dtype == torch.uint8 for value in states),
     }
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def trainer(checkpoints, shape, optimizer):
@@ -99,7 +123,7 @@ def trainer(checkpoints, shape, optimizer):
     data = [{"input_ids": row, "labels": row} for row in IDS] * 8
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(folder, optim=optimizer, learning_rate=3e-3, **TRAINING)
-        return trained(transformers.Trainer(load(checkpoints, shape).train(), args, train_dataset=data))
+        return trained(lambda: transformers.Trainer(load(checkpoints, shape).train(), args, train_dataset=data), folder)
 
 
 def qlora(checkpoints, shape, quantization):
@@ -150,8 +174,8 @@ def sft(checkpoints, shape, quantization):
     adapter = LoraConfig(r=64, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(folder, optim="paged_adamw_8bit", learning_rate=1e-2, max_length=16, bf16=False, **TRAINING)
-        model, data = load(checkpoints, shape, quantization), Dataset.from_dict({"text": texts})
-        return trained(SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=adapter))
+        settings = {"train_dataset": Dataset.from_dict({"text": texts}), "processing_class": tokenizer, "peft_config": adapter}
+        return trained(lambda: SFTTrainer(load(checkpoints, shape, quantization), args, **settings), folder)
 
 
 def offload(checkpoints, shape, quantization):

@@ -30,7 +30,8 @@ def dequantized(state, name):
         absmax = oracle.nested_absmax(
             absmax, parts["nested_absmax"], parts["nested_quant_map"], description["nested_offset"], description["nested_blocksize"]
         )
-    codes = oracle.unpack(state[name].reshape(-1).numpy(), torch.Size(shape).numel())
+    packed = state[name].detach().reshape(-1).view(torch.uint8)
+    codes = oracle.unpack(packed.numpy(), torch.Size(shape).numel())
     weight = oracle.dequantize_blockwise(codes, absmax, parts["quant_map"], description["blocksize"])
     return torch.from_numpy(weight).view(shape).double()
 

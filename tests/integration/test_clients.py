@@ -22,7 +22,7 @@ PEER = importlib.util.find_spec("bitsandbytes") is not None
 TRL = importlib.util.find_spec("trl") is not None
 CLIENT = Path(__file__).with_name("client.py")
 SHAPES = ("llama", "qwen", "gpt2", "bert")
-FORMATS = {"nf4": "Linear4bit", "nested": "Linear4bit", "int8": "Linear8bitLt"}
+FORMATS = {"nf4": "Linear4bit", "nested": "Linear4bit", "stored": "Linear4bit", "int8": "Linear8bitLt"}
 INFERENCE = [f"inference:{shape}:{name}" for shape in SHAPES for name in FORMATS]
 PREQUANTIZED = ["prequantized:llama:nf4", "prequantized:gpt2:int8", "prequantized:bert:nested"]
 TRAINERS = ["trainer:llama:adamw_8bit", "trainer:llama:paged_lion_8bit"]
@@ -97,8 +97,9 @@ def test_model_is_quantized_saved_and_loaded(ours, task):
 def test_model_computes_what_its_codes_stand_for(ours, task):
     answers, exact = ours[task], ours[task]["exact"]
     assert answers.get("tokens") == exact.get("tokens")
-    # The activations of a layer have another code where rounding in the layers before has put them over a midpoint.
-    assert distance(answers, exact) < (1e-2 if "int8" in task else 1e-5)
+    # An activation has another code where rounding in the layers before has put it over a midpoint.
+    bound = 0.5 * distance(exact, answers["unquantized"]) if "int8" in task else 1e-5
+    assert distance(answers, exact) < bound
 
 
 @pytest.mark.parametrize("task", PREQUANTIZED)
@@ -129,6 +130,7 @@ def test_trainer(ours, task):
     assert "bitsandbytes" in ours[task]["optimizer"]
     assert ours[task]["quantized"]
     assert ours[task]["losses"][-1] < 0.9 * ours[task]["losses"][0]
+    assert ours[task]["resumed"] == ours[task]["losses"]
 
 
 @pytest.mark.parametrize("task", TRAINERS)
@@ -165,6 +167,7 @@ def test_supervised_fine_tuning(ours):
     assert ours[SFT]["quantized"]
     losses = ours[SFT]["losses"]
     assert sum(losses[4:]) < 0.9 * sum(losses[:4])
+    assert ours[SFT]["resumed"] == pytest.approx(losses, rel=1e-3)
 
 
 @needs_trl
