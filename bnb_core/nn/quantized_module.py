@@ -120,6 +120,7 @@ class QuantizedModule(torch.nn.Module):
         done: Set[str] = set()
         was_meta = self.weight.is_meta
         if isinstance(entries.get("weight"), torch.Tensor):
+            _require_equally_sharded(f"{prefix}weight", entries["weight"], self.weight)
             try:
                 with torch.no_grad():
                     done = self._load_weight(entries, assign, missing, error_msgs)
@@ -139,6 +140,20 @@ class QuantizedModule(torch.nn.Module):
             if parameter is not None and parameter.is_meta and isinstance(rest.get(prefix + name), torch.Tensor):
                 room = torch.empty_like(parameter, device=rest[prefix + name].device)
                 self._parameters[name] = torch.nn.Parameter(room, requires_grad=parameter.requires_grad)
+
+
+def _require_equally_sharded(name: str, saved: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse to load a part of a weight into all of it, or the other way round."""
+    if is_sharded(saved) != is_sharded(weight):
+        which = (
+            "the checkpoint's weight is sharded and the module's"
+            if is_sharded(saved)
+            else "the weight is sharded and the checkpoint's"
+        )
+        raise CheckpointError(
+            f"{name}: {which} is not; use get_model_state_dict and set_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "with StateDictOptions(full_state_dict=True)"
+        )
 
 
 def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,9 @@ class StepBatch:
             InvalidArgumentError: as the op.
         """
         args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
-        if self._checked and ordinary_execution() and self._takes(grads):
+        if not ordinary_execution():  # what a graph is made from has nothing to do with the next step
+            self._op(*args)
+        elif self._checked and self._takes(grads):
             self._op.run_checked(*args)
         else:
             self._op(*args)
@@ -152,7 +154,7 @@ class StepBatch:
     def _is_direct(self) -> bool:
         """Say whether kernels can take the tensors as they are, without copies and without torch's dispatcher."""
         states = [tensors for tensors in self._states[:3] if tensors]
-        if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
+        if not (is_plain(self._params) and all(map(is_plain, states))):
             return False
         return all(
             param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)

@@ -28,7 +28,7 @@ _NOT_NEGATIVE = (
 )
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-#: Keeps a method out of compiled graphs: all that a step does is call ops, and so there is nothing in it to compile.
+#: Keeps a method out of compiled graphs.
 _outside_graphs: Callable[[_Function], _Function] = getattr(torch, "_disable_dynamo", lambda function: function)
 
 
@@ -63,7 +63,8 @@ class Optimizer(torch.optim.Optimizer):
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `max_unorm` and `skip_zeros` are used in place of these
             arguments. It is read at every step, and is the attribute `args` of the optimizer either way.
         capturable: count steps, and keep the learning rate, in tensors on the parameters' device, so that `step` can be captured
-            in a CUDA graph. Between replays, change `param_groups[i]["lr"]` in place. Take a step before capturing one.
+            in a CUDA graph, or traced by torch.compile; without it, a compiled function leaves the step to the interpreter. Change
+            `param_groups[i]["lr"]` in place then. Take a step before capturing one, or compiling with `fullgraph=True`.
 
     Raises:
         InvalidArgumentError: an option has a value that is not accepted, or the class has no algorithm.
@@ -220,10 +221,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        # Not the groups' own: torch.compile has them all say that they are capturable.
+        if self.defaults["capturable"]:
+            self._update()
+        else:
+            self._update_outside_graphs()
         return loss
 
     @_outside_graphs
+    def _update_outside_graphs(self) -> None:
+        # A graph would have the numbers of one step in it, and there would be another graph for each.
+        self._update()
+
     def _update(self) -> None:
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
@@ -237,7 +246,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}.step: its states would be made within the graph, and anew at each replay; "
                     "take a step before the capture, with gradients for the same parameters"
                 )
-            self._plan = Plan(self)
+            self._plan = self._make_plan()
             calls = self._plan.calls(self)
         assert self._plan is not None
         assert calls is not None
@@ -245,6 +254,10 @@ class Optimizer(torch.optim.Optimizer):
             step.add_(1.0)
         for call in calls:
             call.run(self.rules.algorithm)
+
+    @_outside_graphs
+    def _make_plan(self) -> Plan:
+        return Plan(self)
 
     def _check_capturable(self) -> None:
         for group in self.param_groups:

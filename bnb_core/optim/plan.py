@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from operator import is_, itemgetter
+from operator import is_
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -82,14 +82,14 @@ class _Bucket:
         self.batch = StepBatch(first.format.op, params, first.format.arguments(states, first.slots), first.blocksize)
         keys = {"step"}.union(f"{name}{slot.number}" for slot in first.slots if slot for name in first.format.names)
         #: The tensors that the batch was made of, to see whether the states still hold them.
-        self._kept = [(states, itemgetter(key), [state[key] for state in states]) for key in sorted(keys)]
+        self._kept = [(states, key, [state[key] for state in states]) for key in sorted(keys)]
 
     def is_current(self) -> bool:
         """Say whether the states hold the tensors that the batch was made of, and parameters are as they were."""
         try:
             return (
                 self.batch.is_current()
-                and all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
+                and all(all(map(is_, [state[key] for state in states], kept)) for states, key, kept in self._kept)
                 and [local_part(param).data_ptr() for param in self._sharded] == self._parts
             )
         except KeyError:

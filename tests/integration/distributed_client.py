@@ -14,11 +14,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from bnb_core import BnbError, nn, optim
 from bnb_core.integrations import bitsandbytes_alias
@@ -95,16 +104,18 @@ def build(name):
     if kind == "blocks":
         return Dense(256)  # rows of whole blocks
     if kind == "rows":
-        return Dense(257, 512, 300)  # an odd number of rows, rows of a prime number of elements, and of a block and a part
+        return Dense(257, 512, 300, 300)  # an odd number of rows, rows of a prime number of elements, and of a block and a part
     return with_peft(kind) if source == "peft" else Network(kind)
 
 
 def shard(model, **options):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
     for module in model.modules():
         if isinstance(module, Adapted):
-            fully_shard(module, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+            fully_shard(module, **options)
+    model = fully_shard(model, **options)
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    return model
 
 
 def distribute(model, how):
@@ -116,6 +127,10 @@ def distribute(model, how):
         return shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     if how == "fsdp-offload":
         return shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    if how == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if how == "hsdp":
+        return shard(model, mesh=init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard")))
     assert how == "alone"
     return model
 
@@ -158,7 +173,8 @@ def dequantized(codes, absmax, codebook, sharded):
     if absmax.shape[0] == 2 == codes.shape[0]:  # the two halves of a state
         return torch.stack([dequantized(*half, codebook, sharded) for half in zip(codes, absmax)])
     blocksize = codes.numel() // absmax.numel() if sharded else 256
-    return dequantize_blockwise(codes.flatten(), absmax.flatten(), codebook, blocksize, torch.float32)
+    values = dequantize_blockwise(codes.flatten(), absmax.flatten(), codebook, blocksize, torch.float32)
+    return values.view(codes.shape)
 
 
 def values_of_states(model, optimizer):
@@ -180,7 +196,7 @@ def values_of_states(model, optimizer):
                 codes = dequantized(codes, absmax, state[f"qmap{number}"], sharded=isinstance(param, DTensor))
             else:
                 kept[key] = [str(codes.dtype)[len("torch.") :], list(codes.shape)]
-            values[key] = digest(codes)
+            values[key] = codes
     return values, kept
 
 
@@ -189,7 +205,8 @@ def snapshot(model, optimizer):
     trained = {name.replace("module.", ""): digest(p) for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         output = digest(model(batch(99, split=False)))
-    return {"parameters": trained, "states": values, "kept": kept, "output": output}
+    states = {key: digest(tensor) for key, tensor in values.items()}
+    return {"parameters": trained, "states": states, "kept": kept, "output": output}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- tasks
@@ -228,17 +245,72 @@ def load(name, optimizer, folder):
     model = shard(model)
     optimizer = optimizer_for(model, optimizer)
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    states = tree_map_only(torch.Tensor, torch.clone, states)  # so that nothing is read straight to where it belongs
     dcp.load(states, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return {**snapshot(model, optimizer), "losses": steps(model, optimizer, range(3, 5))}
 
 
+def exchange(name, optimizer):
+    """Bring states from a sharded model into one that is not, and back; return how much they differ each time."""
+    sharded = shard(build(name))
+    trained = optimizer_for(sharded, optimizer)
+    steps(sharded, trained, range(2))
+    whole_states = StateDictOptions(full_state_dict=True)
+    gathered = get_optimizer_state_dict(sharded, trained, options=whole_states)
+    model = build(name)
+    gathering = optimizer_for(model, optimizer)
+    set_optimizer_state_dict(model, gathering, gathered)
+    # And once more with states that were never sharded.
+    fresh = optimizer_for(model, optimizer)
+    steps(model, fresh, range(2))
+    sharded.zero_grad()  # with gradients, torch does not make the states that it has to know the places of
+    scattering, loading = (optimizer_for(sharded, optimizer) for _ in range(2))
+    set_optimizer_state_dict(sharded, scattering, get_optimizer_state_dict(model, fresh), options=whole_states)
+    loading.load_state_dict(fresh.state_dict())
+    changes = {
+        "gathered": differences(values_of_states(sharded, trained), values_of_states(model, gathering)),
+        "scattered": differences(values_of_states(model, fresh), values_of_states(sharded, scattering)),
+        "loaded": differences(values_of_states(model, fresh), values_of_states(sharded, loading)),
+    }
+    for model_of_it, other in ((model, gathering), (sharded, scattering), (sharded, loading)):
+        steps(model_of_it, other, range(2, 3))  # each works on
+    return changes
+
+
+def differences(before, after):
+    (expected, _), (found, kept) = before, after
+    assert expected.keys() == found.keys()
+    changes = {key: (found[key] - expected[key]).abs().max() / expected[key].abs().max() for key in found}
+    return {key: [kept[key][0], change.item()] for key, change in changes.items()}
+
+
+def gather(name):
+    """Bring a model's weights from sharded layers into layers that are not, and back into sharded ones."""
+    model = build(name)
+    expected = model(batch(0, split=False))
+    sharded, whole_weights = shard(model), StateDictOptions(full_state_dict=True)
+    gathered = get_model_state_dict(sharded, options=whole_weights)
+    alone = build(name)
+    with torch.no_grad():
+        for param in (*alone.parameters(), *sharded.parameters()):
+            param.zero_()
+    alone.load_state_dict(gathered)
+    set_model_state_dict(sharded, gathered, options=whole_weights)
+    return [torch.equal(result(batch(0, split=False)), expected) for result in (alone, sharded)]
+
+
 def cast(name):
-    """Move and cast a sharded model, as is done to any other."""
+    """Move and cast a sharded model, as is done to any other, before and during its training."""
     model = build(name)
     expected = model(batch(0, split=False))
     model = shard(model).to(torch.float64).to("cpu").float()
-    return {"same": torch.equal(model(batch(0, split=False)), expected)}
+    same = torch.equal(model(batch(0, split=False)), expected)
+    model.reshard()  # as the backward would have done
+    optimizer = optimizer_for(model, "AdamW")
+    losses = steps(model, optimizer, range(3))
+    model.double().float()  # puts other memory in the place of the shards
+    return {"same": same, "losses": losses + steps(model, optimizer, range(3, 5))}
 
 
 def refusal(function):
@@ -266,31 +338,35 @@ def refusals():
     lamb = optim.LAMB8bit(model.parameters(), lr=1e-3)
     model(x).sum().backward()
     found["norm"] = refusal(lamb.step)
-    adam = optim.AdamW(model.parameters(), lr=1e-3)
+    adam = optim.AdamW8bit(model.parameters(), lr=1e-3)
     adam.step()
     states = adam.state_dict()
-    states["state"][0]["__bnb_optimizer_quant_state__"]["state1"] = torch.zeros(FEATURES, FEATURES)
+    states["state"][0]["__bnb_optimizer_quant_state__"]["absmax1"] = torch.zeros(FEATURES, 2)
+    states["state"][0]["__bnb_optimizer_quant_state__"]["state1"] = torch.zeros(FEATURES + 1, FEATURES, dtype=torch.uint8)
     found["states"] = refusal(lambda: adam.load_state_dict(states))
+    whole_weights = {name: whole(tensor) for name, tensor in distribute(Network("float32"), "fsdp").state_dict().items()}
+    sharded, alone = distribute(Network("float32"), "fsdp"), Network("float32")
+    found["whole into sharded"] = refusal(lambda: sharded.load_state_dict(whole_weights))
+    found["sharded into whole"] = refusal(lambda: alone.load_state_dict(sharded.state_dict()))
     return found
 
 
-def unsummed_gradient(optimizer):
-    """Step a parameter that all processes have a copy of, with a gradient of which each has a summand."""
+def step(optimizer, how):
+    """Step a parameter that is placed in some way, or not at all; return its value and the dtype of its states."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    results = []
-    for replicated in (False, True):
-        torch.manual_seed(0)
-        param, grad = torch.randn(30, 100), torch.randn(30, 100)
-        if replicated:
-            param = distribute_tensor(param, mesh, [Replicate()])
-            grad = DTensor.from_local(grad / dist.get_world_size(), mesh, [Partial()])
-        param = torch.nn.Parameter(param)
-        step = getattr(optim, optimizer)([param], lr=1e-2, min_8bit_size=256)
-        for _ in range(3):
-            param.grad = grad
-            step.step()
-        results.append(digest(param))
-    return results
+    torch.manual_seed(0)
+    param, grad = torch.randn(30, 100), torch.randn(30, 100)
+    if how == "replicated":  # and each process has a summand of the gradient, as tensor parallelism leaves it
+        param = distribute_tensor(param, mesh, [Replicate()])
+        grad = DTensor.from_local(grad / dist.get_world_size(), mesh, [Partial()])
+    if how == "columns":
+        param, grad = (distribute_tensor(tensor, mesh, [Shard(1)]) for tensor in (param, grad))
+    param = torch.nn.Parameter(param)
+    stepping = getattr(optim, optimizer)([param], lr=1e-2, min_8bit_size=300)
+    for _ in range(3):
+        param.grad = grad
+        stepping.step()
+    return [digest(param), str(stepping.state[param]["state1"].dtype)]
 
 
 def main():
