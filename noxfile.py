@@ -117,6 +117,28 @@ def clients(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
+def bitsandbytes_suite(session: nox.Session) -> None:
+    """Run bitsandbytes' own tests against the alias: `nox -s bitsandbytes_suite -- CHECKOUT`, of its repository at 0.50.2."""
+    if not session.posargs:
+        session.error(
+            "name the folder that bitsandbytes' repository is checked out in, at 0.50.2: nox -s bitsandbytes_suite -- FOLDER"
+        )
+    checkout, *rest = session.posargs
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "einops", "lion-pytorch", "scipy", "transformers==4.57.6")
+    # Away from the checkout, whose own package would be found first.
+    elsewhere = Path(session.create_tmp()) / "bitsandbytes"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.copytree(Path(checkout).expanduser() / "tests", elsewhere / "tests")
+    session.chdir(elsewhere)
+    device = os.environ.get("BNB_TEST_DEVICE", "cpu")
+    env = {"PYTHONPATH": str(ROOT / "tests/integration"), "BNB_TEST_DEVICE": device}
+    selected = "not slow and not benchmark and not deprecated"
+    session.run("bnb", "run", "-m", "pytest", "-p", "bitsandbytes_suite", "-m", selected, "tests", *rest, env=env)
+
+
+@nox.session
 def conformance(session: nox.Session) -> None:
     """Check an installed backend against the ops' contracts: `nox -s conformance -- NAME`."""
     name, *rest = session.posargs or ["reference"]
