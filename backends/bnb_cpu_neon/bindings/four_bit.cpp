@@ -1,0 +1,25 @@
+/// Bindings of the 4-bit ops.
+#include "kernels/four_bit.hpp"
+
+#include "arguments.hpp"
+
+namespace bnb {
+
+using Codes = Data<const uint8_t>;
+using Floats = Data<const float>;
+
+static Packed4bit packed_tensor(Codes packed, Data<const void> absmax, Floats codebook, int64_t blocksize, std::optional<Nested> nested) {
+    return {packed, {absmax, blocksize, nested.value_or(Nested{})}, codebook};
+}
+
+void bind_four_bit(nb::module_ &module) {
+    module.def(
+        "dequantize_4bit",
+        [](Codes packed, Data<const void> absmax, Floats codebook, int64_t blocksize, std::optional<Nested> nested, int64_t n, DType dtype,
+           Data<void> out, int threads) {
+            dequantize_4bit(packed_tensor(packed, absmax, codebook, blocksize, nested), n, dtype, out, threads);
+        },
+        without_gil());
+}
+
+}  // namespace bnb

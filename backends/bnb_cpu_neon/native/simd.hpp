@@ -1,0 +1,40 @@
+/// NEON: the compiler's own on aarch64, SIMDe's emulation elsewhere.
+#pragma once
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <immintrin.h>
+#include <simde/arm/neon.h>
+#endif
+
+namespace bnb {
+
+/// Four float16 numbers, as bits, to float32; exact.
+inline float32x4_t widen_half(uint16x4_t bits) {
+#if defined(__aarch64__)
+    return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+#else  // SIMDe converts one number at a time
+    uint16_t halves[8] = {};
+    vst1_u16(halves, bits);
+    float floats[4];
+    _mm_storeu_ps(floats, _mm_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves))));
+    return vld1q_f32(floats);
+#endif
+}
+
+/// Four float32 numbers to the nearest float16, ties to even, as bits.
+inline uint16x4_t narrow_to_half(float32x4_t values) {
+#if defined(__aarch64__)
+    return vreinterpret_u16_f16(vcvt_f16_f32(values));
+#else
+    float floats[4];
+    vst1q_f32(floats, values);
+    uint16_t halves[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(halves), _mm_cvtps_ph(_mm_loadu_ps(floats), _MM_FROUND_TO_NEAREST_INT));
+    return vld1_u16(halves);
+#endif
+}
+
+}  // namespace bnb

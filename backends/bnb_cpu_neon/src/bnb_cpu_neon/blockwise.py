@@ -1,0 +1,1 @@
+"""8-bit blockwise ops: each hands its tensors to the native kernel of the same name."""

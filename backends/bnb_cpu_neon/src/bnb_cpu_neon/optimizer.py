@@ -1,0 +1,1 @@
+"""Optimizer steps: each hands its tensors to the native kernel of the same name."""
