@@ -1,0 +1,95 @@
+/// The nearest of 256 codebook entries, exactly, for any codebook: what 8-bit quantization and 8-bit optimizer states share.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "elements.hpp"
+
+namespace bnb {
+
+/// Finds codes as bnb_core.ops.spec defines them: by the number of midpoints strictly below a value; NaN counts as 0.
+///
+/// The upper 16 bits of a float32 number put it in one of 65536 buckets, so narrow that hardly ever more than one midpoint is
+/// inside: neighbouring entries must be within 2^-7 of each other, relative to their size. So an entry of the table is a
+/// midpoint's lower 16 bits and the codes on both sides of it. A codebook of which that is not true is searched from the
+/// bucket's first midpoint on.
+class NearestCode {
+  public:
+    explicit NearestCode(const float *codebook);
+
+    /// Fills `codes` with those of `count` values times `scale`.
+    template <class T>
+    void encode(const T *values, int64_t count, float scale, uint8_t *codes) const {
+        if (!isolated_) {
+            for (int64_t i = 0; i < count; ++i) codes[i] = search(load1(values + i) * scale);
+            return;
+        }
+        int64_t i = 0;
+        for (; i + step <= count; i += step) look_up(values + i, scale, codes + i);
+        if (i == count) return;
+        T rest[step] = {};
+        uint8_t found[step];
+        std::copy(values + i, values + count, rest);
+        look_up(rest, scale, found);
+        std::copy(found, found + (count - i), codes + i);
+    }
+
+  private:
+    static constexpr int step = 32;
+
+    /// The codes of `step` values. Buckets go through memory, which takes fewer instructions than collecting them in registers;
+    /// there are so many that the first are written long before they are read.
+    template <class T>
+    __attribute__((always_inline)) void look_up(const T *values, float scale, uint8_t *codes) const {
+        float32x4_t s[step / 4];
+        uint32_t found[step];
+        for (int i = 0; i < step / 4; ++i) {
+            s[i] = vmulq_n_f32(load4(values + 4 * i), scale);
+            const uint16x8_t halves = vreinterpretq_u16_f32(s[i]);
+            found[4 * i] = buckets_[vgetq_lane_u16(halves, 1)];
+            found[4 * i + 1] = buckets_[vgetq_lane_u16(halves, 3)];
+            found[4 * i + 2] = buckets_[vgetq_lane_u16(halves, 5)];
+            found[4 * i + 3] = buckets_[vgetq_lane_u16(halves, 7)];
+        }
+        for (int i = 0; i < step; i += 16) {
+            const uint8x16_t first = choose(s[i / 4], s[i / 4 + 1], found + i);
+            vst1q_u8(codes + i, vuzp1q_u8(first, choose(s[i / 4 + 2], s[i / 4 + 3], found + i + 8)));
+        }
+    }
+
+    /// The codes of eight values in these buckets, each in the lower half of its 16 bits.
+    static uint8x16_t choose(float32x4_t a, float32x4_t b, const uint32_t *buckets) {
+        const uint16x8x2_t bucket = vld2q_u16(reinterpret_cast<const uint16_t *>(buckets));
+        const uint16x8_t values = vuzp1q_u16(vreinterpretq_u16_f32(a), vreinterpretq_u16_f32(b));
+        const uint16x8_t codes = bucket.val[1];
+        return vreinterpretq_u8_u16(vbslq_u16(vcgtq_u16(values, bucket.val[0]), vshrq_n_u16(codes, 8), codes));
+    }
+
+    uint8_t search(float value) const {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        uint32_t rank = value == value ? buckets_[bits >> 16] : rank_of_zero_;
+        while (midpoints_[rank] < value) ++rank;
+        return code_of_rank_[rank];
+    }
+
+    /// The rank of a value, quickly if it is near the given one.
+    uint32_t rank_from(uint32_t rank, float value) const;
+
+    /// By the upper 16 bits of a value. Where buckets are isolated: from the lowest bit on, 16 bits that the value's lower ones
+    /// are compared with, the code if they are not above, and the code if they are. Else: the rank of the bucket's least value.
+    std::array<uint32_t, 1 << 16> buckets_;
+    std::array<float, 256> midpoints_;  ///< ascending; the last is infinite
+    std::array<uint8_t, 256> code_of_rank_;
+    uint32_t rank_of_zero_ = 0;
+    bool isolated_ = true;  ///< no bucket has two different midpoints
+};
+
+/// The searcher of a codebook, float32 [256]. The latest ones are kept, by contents.
+std::shared_ptr<const NearestCode> nearest_code(const float *codebook);
+
+}  // namespace bnb
