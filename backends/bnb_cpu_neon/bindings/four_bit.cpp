@@ -14,6 +14,11 @@ static Packed4bit packed_tensor(Codes packed, Data<const void> absmax, Floats co
 
 void bind_four_bit(nb::module_ &module) {
     module.def(
+        "quantize_4bit",
+        [](DType dtype, Data<const void> x, int64_t n, Floats codebook, int64_t blocksize, Data<uint8_t> packed, Data<float> absmax,
+           int threads) { quantize_4bit(dtype, x, n, codebook, blocksize, packed, absmax, threads); },
+        without_gil());
+    module.def(
         "dequantize_4bit",
         [](Codes packed, Data<const void> absmax, Floats codebook, int64_t blocksize, std::optional<Nested> nested, int64_t n, DType dtype,
            Data<void> out, int threads) {
