@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "elements.hpp"
-#include "kernels/scales.hpp"
+#include "kernels/packed.hpp"
 
 namespace nb = nanobind;
 
@@ -23,9 +23,16 @@ struct Data {
 /// Releases the GIL while a kernel runs.
 using without_gil = nb::call_guard<nb::gil_scoped_release>;
 
+inline Packed4bit packed_tensor(
+    Data<const uint8_t> packed, Data<const void> absmax, Data<const float> codebook, int64_t blocksize, std::optional<Nested> nested) {
+    return {packed, {absmax, blocksize, nested.value_or(Nested{})}, codebook};
+}
+
 // One function for each family of ops adds its kernels to the module.
 void bind_blockwise(nb::module_ &module);
+void bind_embedding(nb::module_ &module);
 void bind_four_bit(nb::module_ &module);
+void bind_gemm_4bit(nb::module_ &module);
 void bind_int8(nb::module_ &module);
 void bind_optimizer(nb::module_ &module);
 

@@ -5,17 +5,15 @@
 
 namespace bnb {
 
-using Codes = Data<const uint8_t>;
-using Floats = Data<const float>;
-
-static Packed4bit packed_tensor(Codes packed, Data<const void> absmax, Floats codebook, int64_t blocksize, std::optional<Nested> nested) {
-    return {packed, {absmax, blocksize, nested.value_or(Nested{})}, codebook};
-}
-
 void bind_four_bit(nb::module_ &module) {
     module.def(
+        "quantize_4bit",
+        [](DType dtype, Data<const void> x, int64_t n, Data<const float> codebook, int64_t blocksize, Data<uint8_t> packed, Data<float> absmax,
+           int threads) { quantize_4bit(dtype, x, n, codebook, blocksize, packed, absmax, threads); },
+        without_gil());
+    module.def(
         "dequantize_4bit",
-        [](Codes packed, Data<const void> absmax, Floats codebook, int64_t blocksize, std::optional<Nested> nested, int64_t n, DType dtype,
+        [](Data<const uint8_t> packed, Data<const void> absmax, Data<const float> codebook, int64_t blocksize, std::optional<Nested> nested, int64_t n, DType dtype,
            Data<void> out, int threads) {
             dequantize_4bit(packed_tensor(packed, absmax, codebook, blocksize, nested), n, dtype, out, threads);
         },

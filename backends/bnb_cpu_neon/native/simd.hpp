@@ -37,7 +37,7 @@ inline uint16x4_t narrow_to_half(float32x4_t values) {
 #endif
 }
 
-/// a / b, rounded as IEEE says; SIMDe 0.7 has neither this nor the next two.
+/// a / b, rounded as IEEE says; SIMDe lacks this and the next two.
 inline float32x4_t divide(float32x4_t a, float32x4_t b) {
 #if defined(__aarch64__)
     return vdivq_f32(a, b);
@@ -68,6 +68,26 @@ inline int32x4_t nearest_integers(float32x4_t a) {
     return vcvtnq_s32_f32(a);
 #else
     return vcvtq_s32_f32(vrndnq_f32(a));
+#endif
+}
+
+// SIMDe lacks these two as well: `low` with the bits of `high`, shifted left by n, above its own n lowest.
+
+template <int n>
+inline uint8x16_t put_above(uint8x16_t low, uint8x16_t high) {
+#if defined(__aarch64__)
+    return vsliq_n_u8(low, high, n);
+#else
+    return vorrq_u8(vandq_u8(low, vdupq_n_u8((1 << n) - 1)), vshlq_n_u8(high, n));
+#endif
+}
+
+template <int n>
+inline uint32x4_t put_above(uint32x4_t low, uint32x4_t high) {
+#if defined(__aarch64__)
+    return vsliq_n_u32(low, high, n);
+#else
+    return vorrq_u32(vandq_u32(low, vdupq_n_u32((1u << n) - 1)), vshlq_n_u32(high, n));
 #endif
 }
 

@@ -1,6 +1,4 @@
 /// Entry points of the LLM.int8 ops. What each computes is defined in bnb_core.ops.spec; tensors are contiguous and not empty.
-///
-/// Where a function takes `scratch`, it is as many bytes as the function before says, of any alignment.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +22,7 @@ void int8_quantize_rows_cols(
     const Matrix &x, double threshold, int8_t *row_codes, float *row_absmax, int8_t *col_codes, float *col_absmax, uint8_t *outlier_mask,
     int threads);
 
+/// Bytes of scratch memory that `int8_matmul` needs, of any alignment.
 int64_t int8_matmul_scratch(int64_t M, int64_t K);
 
 /// Fills product [M, N] with a [M, K] times the transposed b [N, K].
@@ -44,13 +43,17 @@ struct Int8Weight {
     int64_t rows, columns;
 };
 
+/// Bytes of scratch memory that `int8_linear` needs for M rows of x, of any alignment.
 int64_t int8_linear_scratch(int64_t M, int64_t K, double threshold);
 
 /// Fills y [M, N] with x [M, K] times the transposed weight, plus `bias` [N] unless that is null.
 void int8_linear(
     const Matrix &x, const Int8Weight &weight, const void *bias, double threshold, void *y, void *scratch, int threads);
 
+/// Floats of scratch memory that `int8_linear_transposed` needs for M rows of g.
+int64_t int8_linear_transposed_scratch(int64_t M, int64_t N);
+
 /// Fills y [M, K] with g [M, N] times the weight.
-void int8_linear_transposed(const Matrix &g, const Int8Weight &weight, void *y, int threads);
+void int8_linear_transposed(const Matrix &g, const Int8Weight &weight, void *y, float *scratch, int threads);
 
 }  // namespace bnb

@@ -67,10 +67,11 @@ struct Scratch {
 
     Scratch(void *memory, int64_t M, int64_t K, bool outliers) {
         const int64_t rows = std::min(M, int8::rows_at_a_time(K));
-        char *start = static_cast<char *>(memory), *at = start + (-reinterpret_cast<uintptr_t>(memory) & 3);
+        const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+        uintptr_t at = (start + alignof(float) - 1) / alignof(float) * alignof(float);
         const auto take = [&](auto *&pointer, int64_t count) {
             pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(at);
-            at += count * static_cast<int64_t>(sizeof *pointer);
+            at += static_cast<std::size_t>(count) * sizeof *pointer;
         };
         take(row_scales, rows);
         take(outlier_values, outliers ? rows * K : 0);
@@ -78,7 +79,7 @@ struct Scratch {
         take(outlier_mask, outliers ? K : 0);
         take(codes, rows * K);
         take(packed, int8::Left::bytes(rows, K));
-        bytes = at - start + 3;
+        bytes = static_cast<int64_t>(at - start + alignof(float) - 1);
     }
 };
 

@@ -62,7 +62,9 @@ void int8_matmul(const int8_t *a, const int8_t *b, int64_t M, int64_t N, int64_t
     for (int64_t first = 0; first < M; first += step) {
         const int64_t rows = std::min(step, M - first);
         const int8::Left left(a + first * K, rows, K, static_cast<int8_t *>(scratch), int8::kernels(true));
-        for (int64_t tile = 0; tile < left.tiles(); ++tile) left.pack(tile);
+        parallel_for(threads, left.tiles(), std::max<int64_t>(1, (1 << 17) / (int8::tile_size * K)), [&](int64_t from, int64_t to) {
+            for (int64_t tile = from; tile < to; ++tile) left.pack(tile);
+        });
         int32_t *out = product + first * N;
         parallel_for(threads, N, int8::grain_of_rows(rows, K), [&](int64_t from, int64_t to) {
             int8::for_products(left, rows, b, K, from, to, [&](int64_t begin, int64_t end, int64_t n, int64_t count, const int32_t(*sums)[8]) {

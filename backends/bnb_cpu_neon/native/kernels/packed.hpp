@@ -69,27 +69,35 @@ struct Packed4bit {
     const float *codebook;  ///< [16]
 };
 
-/// Fills `out` with elements begin to end, of which any may be in the middle of a byte or of a block.
-template <class T>
-inline void dequantize(const Packed4bit &tensor, const Codebook16 &codebook, int64_t begin, int64_t end, T *out) {
+/// Calls `run(packed, count, scale)` for elements begin to end of a tensor, block by block; before that `one(value)`, if the first
+/// of them is the second of its byte.
+template <class One, class Run>
+inline void for_each_run(const Packed4bit &tensor, int64_t begin, int64_t end, const One &one, const Run &run) {
     const int64_t blocksize = tensor.scales.blocksize;
     int64_t block = begin / blocksize, at = begin;
     if (at < end && at % 2) {
-        store1(out++, tensor.codebook[tensor.codes[at / 2] & 15] * tensor.scales[block]);
+        one(tensor.codebook[tensor.codes[at / 2] & 15] * tensor.scales[block]);
         if (++at % blocksize == 0) ++block;
     }
     for (; at < end; ++block) {
         const int64_t stop = std::min(end, (block + 1) * blocksize);
-        const float scale = tensor.scales[block];
-        for (; at + packed_step <= stop; at += packed_step, out += packed_step) {
-            dequantize_step(tensor.codes + at / 2, codebook, scale, out);
-        }
-        if (at < stop) {
-            dequantize_rest(tensor.codes + at / 2, stop - at, codebook, scale, out);
-            out += stop - at;
-            at = stop;
-        }
+        run(tensor.codes + at / 2, stop - at, tensor.scales[block]);
+        at = stop;
     }
+}
+
+/// Fills `out` with elements begin to end, of which any may be in the middle of a byte or of a block.
+template <class T>
+inline void dequantize(const Packed4bit &tensor, const Codebook16 &codebook, int64_t begin, int64_t end, T *out) {
+    for_each_run(
+        tensor, begin, end, [&](float value) { store1(out++, value); },
+        [&](const uint8_t *packed, int64_t count, float scale) {
+            for (; count >= packed_step; count -= packed_step, packed += packed_step / 2, out += packed_step) {
+                dequantize_step(packed, codebook, scale, out);
+            }
+            if (count) dequantize_rest(packed, count, codebook, scale, out);
+            out += count;
+        });
 }
 
 }  // namespace bnb

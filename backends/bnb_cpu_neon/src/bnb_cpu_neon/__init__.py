@@ -8,9 +8,9 @@ from bnb_core.backends import Backend, hookimpl
 from bnb_cpu_neon.engine import __version__, backend
 
 # The kernels register themselves on `backend`.
-from bnb_cpu_neon import blockwise, four_bit, int8, optimizer  # isort: skip
+from bnb_cpu_neon import blockwise, embedding, four_bit, gemm_4bit, int8, optimizer  # isort: skip
 
-__all__ = ["__version__", "backend", "blockwise", "four_bit", "int8", "optimizer"]
+__all__ = ["__version__", "backend", "blockwise", "embedding", "four_bit", "gemm_4bit", "int8", "optimizer"]
 
 
 @hookimpl

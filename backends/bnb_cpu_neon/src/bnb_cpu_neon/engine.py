@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 
-from bnb_core.backends import YES, Backend, Support
+from bnb_core.backends import YES, Backend, Call, Support
 from bnb_cpu_neon.cpu import TIERS, Cpu, choose_tier, this_cpu
 
 __version__ = "0.1.0"
@@ -59,6 +59,8 @@ backend = Backend(
 )
 
 
-def kernel(op: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register the decorated function as the backend's kernel for `op`."""
-    return backend.kernel(op, devices={"cpu"}, dtypes=dtypes)
+def kernel(
+    op: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES), scratch: Optional[Callable[[Call], int]] = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register the decorated function as the backend's kernel for `op`; `scratch` says how many bytes of memory it needs."""
+    return backend.kernel(op, devices={"cpu"}, dtypes=dtypes, scratch=scratch)

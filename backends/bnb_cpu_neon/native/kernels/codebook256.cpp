@@ -1,11 +1,12 @@
-/// The tables of `NearestCode`, which take longer to make than a small tensor takes to encode, and are kept therefore.
-#include "nearest_code.hpp"
+/// How a codebook of 256 entries is prepared, and kept.
+#include "kernels/codebook256.hpp"
 
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <mutex>
-#include <numeric>
-#include <vector>
+
+#include "kernels/ranked.hpp"
 
 namespace bnb {
 namespace {
@@ -26,14 +27,13 @@ constexpr uint32_t infinity_bucket = 0x7f80;  // without its sign; NaN is above
 
 }  // namespace
 
-NearestCode::NearestCode(const float *codebook) {
-    std::iota(code_of_rank_.begin(), code_of_rank_.end(), uint8_t{0});
-    std::stable_sort(code_of_rank_.begin(), code_of_rank_.end(), [&](uint8_t a, uint8_t b) { return codebook[a] < codebook[b]; });
-    for (std::size_t i = 0; i < 255; ++i) midpoints_[i] = (codebook[code_of_rank_[i]] + codebook[code_of_rank_[i + 1]]) * 0.5f;
+Codebook256::Codebook256(const float *entries) {
+    std::copy(entries, entries + 256, entries_.begin());
+    const Ranked<256> ranked(entries);
+    code_of_rank_ = ranked.code_of_rank;
+    std::copy(ranked.midpoints.begin(), ranked.midpoints.end(), midpoints_.begin());
     midpoints_[255] = std::numeric_limits<float>::infinity();
-
     rank_of_zero_ = rank_from(0, 0.0f);
-    const uint32_t code_of_zero = code_of_rank_[rank_of_zero_];
 
     std::array<uint8_t, 1 << 16> first_ranks;
     uint32_t first = rank_of_zero_, last = rank_of_zero_;
@@ -41,7 +41,7 @@ NearestCode::NearestCode(const float *codebook) {
         const bool negative = bucket >> 15, is_infinity = (bucket & 0x7fff) == infinity_bucket;
         if ((bucket & 0x7fff) > infinity_bucket) {
             first_ranks[bucket] = static_cast<uint8_t>(rank_of_zero_);
-            buckets_[bucket] = code_of_zero * 0x01010000u;
+            buckets_[bucket] = code_of_zero() * 0x01010000u;
             continue;
         }
         // The bucket's values that are least and greatest in magnitude.
@@ -52,7 +52,7 @@ NearestCode::NearestCode(const float *codebook) {
         const uint32_t low = code_of_rank_[first], high = code_of_rank_[last];
         const uint32_t midpoint = to_bits(midpoints_[first]) & 0xffff;
         if (is_infinity) {  // with any lower bit it is NaN
-            buckets_[bucket] = code_of_zero << 24 | low << 16;
+            buckets_[bucket] = uint32_t{code_of_zero()} << 24 | low << 16;
         } else if (first == last) {
             buckets_[bucket] = low * 0x01010000u;
         } else if (midpoints_[first] != midpoints_[last - 1]) {
@@ -66,40 +66,23 @@ NearestCode::NearestCode(const float *codebook) {
     if (!isolated_) std::copy(first_ranks.begin(), first_ranks.end(), buckets_.begin());
 }
 
-uint32_t NearestCode::rank_from(uint32_t rank, float value) const {
+uint32_t Codebook256::rank_from(uint32_t rank, float value) const {
     while (midpoints_[rank] < value && rank < 255) ++rank;
     while (rank > 0 && !(midpoints_[rank - 1] < value)) --rank;
     return rank;
 }
 
-std::shared_ptr<const NearestCode> nearest_code(const float *codebook) {
-    struct Entry {
-        std::array<float, 256> codebook;
-        std::shared_ptr<const NearestCode> code;
-    };
+std::shared_ptr<const Codebook256> Codebook256::of(const float *entries) {
     constexpr std::size_t most = 8;
     static std::mutex mutex;
-    static auto &entries = *new std::vector<Entry>;  // used first is last; never destroyed, like the threads that use it
-
-    std::array<float, 256> contents;
-    std::copy(codebook, codebook + 256, contents.begin());
-    const auto find = [&] {
-        return std::find_if(entries.begin(), entries.end(), [&](const Entry &entry) {
-            return std::memcmp(entry.codebook.data(), contents.data(), sizeof contents) == 0;
-        });
-    };
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        const auto found = find();
-        if (found != entries.end()) return found->code;
-    }
-    auto made = std::make_shared<const NearestCode>(contents.data());
+    static std::deque<std::shared_ptr<const Codebook256>> kept;
     const std::lock_guard<std::mutex> lock(mutex);
-    if (find() == entries.end()) {
-        if (entries.size() == most) entries.erase(entries.begin());
-        entries.push_back({contents, made});
+    for (const auto &codebook : kept) {
+        if (std::memcmp(codebook->entries(), entries, 256 * sizeof(float)) == 0) return codebook;
     }
-    return made;
+    kept.push_front(std::make_shared<Codebook256>(entries));
+    if (kept.size() > most) kept.pop_back();
+    return kept.front();
 }
 
 }  // namespace bnb

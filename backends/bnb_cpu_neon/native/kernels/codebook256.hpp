@@ -1,4 +1,4 @@
-/// The nearest of 256 codebook entries, exactly, for any codebook: what 8-bit quantization and 8-bit optimizer states share.
+/// A codebook of 256 entries, prepared for finding the nearest entry of many values.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,17 @@ namespace bnb {
 /// inside: neighbouring entries must be within 2^-7 of each other, relative to their size. So an entry of the table is a
 /// midpoint's lower 16 bits and the codes on both sides of it. A codebook of which that is not true is searched from the
 /// bucket's first midpoint on.
-class NearestCode {
+class Codebook256 {
   public:
-    explicit NearestCode(const float *codebook);
+    explicit Codebook256(const float *entries);
+
+    /// The prepared form of a codebook; kept for the next call with the same 256 numbers, wherever these are.
+    static std::shared_ptr<const Codebook256> of(const float *entries);
+
+    const float *entries() const { return entries_.data(); }
+
+    /// The code of 0, which also stands for NaN.
+    uint8_t code_of_zero() const { return code_of_rank_[rank_of_zero_]; }
 
     /// Fills `codes` with those of `count` values times `scale`.
     template <class T>
@@ -83,13 +91,11 @@ class NearestCode {
     /// By the upper 16 bits of a value. Where buckets are isolated: from the lowest bit on, 16 bits that the value's lower ones
     /// are compared with, the code if they are not above, and the code if they are. Else: the rank of the bucket's least value.
     std::array<uint32_t, 1 << 16> buckets_;
+    std::array<float, 256> entries_;
     std::array<float, 256> midpoints_;  ///< ascending; the last is infinite
     std::array<uint8_t, 256> code_of_rank_;
     uint32_t rank_of_zero_ = 0;
     bool isolated_ = true;  ///< no bucket has two different midpoints
 };
-
-/// The searcher of a codebook, float32 [256]. The latest ones are kept, by contents.
-std::shared_ptr<const NearestCode> nearest_code(const float *codebook);
 
 }  // namespace bnb

@@ -1,5 +1,5 @@
-/// `NearestCode` against a count of midpoints, for codebooks of every kind and values around every midpoint.
-#include "nearest_code.hpp"
+/// `Codebook256` against a count of midpoints, for codebooks of every kind and values around every midpoint.
+#include "kernels/codebook256.hpp"
 
 #include <cmath>
 #include <cstring>
@@ -43,7 +43,7 @@ static uint8_t expected_code(const Codebook &codebook, float s) {
     return static_cast<uint8_t>(codes[rank]);
 }
 
-TEST(nearest_code_of_values_around_midpoints) {
+TEST(codebook256_codes_of_values_around_midpoints) {
     const float infinity = std::numeric_limits<float>::infinity();
     std::mt19937 random(1);
     for (const Codebook &codebook : codebooks()) {
@@ -64,15 +64,15 @@ TEST(nearest_code_of_values_around_midpoints) {
         Guarded<float> input(values.size());
         Guarded<uint8_t> codes(values.size());
         std::copy(values.begin(), values.end(), input.begin());
-        const auto code = bnb::nearest_code(codebook.data());
+        const auto code = bnb::Codebook256::of(codebook.data());
         code->encode(input.data(), static_cast<int64_t>(values.size()), 1.0f, codes.data());
         for (std::size_t i = 0; i < values.size(); ++i) CHECK(codes[i] == expected_code(codebook, values[i]));
     }
 }
 
-TEST(nearest_code_of_every_count) {
+TEST(codebook256_codes_of_every_count) {
     const Codebook codebook = codebooks().front();
-    const auto code = bnb::nearest_code(codebook.data());
+    const auto code = bnb::Codebook256::of(codebook.data());
     for (std::size_t count = 0; count < 50; ++count) {
         Guarded<bnb::BFloat16> input(count, Guarded<bnb::BFloat16>::beginning);
         Guarded<uint8_t> codes(count);
@@ -82,11 +82,11 @@ TEST(nearest_code_of_every_count) {
     }
 }
 
-TEST(nearest_code_is_kept_by_contents) {
+TEST(codebook256_is_kept_by_contents) {
     Codebook codebook = codebooks().front();
     const Codebook copy = codebook;
-    const auto first = bnb::nearest_code(codebook.data());
-    CHECK(bnb::nearest_code(copy.data()) == first);
+    const auto first = bnb::Codebook256::of(codebook.data());
+    CHECK(bnb::Codebook256::of(copy.data()) == first);
     codebook[7] += 0.001f;
-    CHECK(bnb::nearest_code(codebook.data()) != first);
+    CHECK(bnb::Codebook256::of(codebook.data()) != first);
 }

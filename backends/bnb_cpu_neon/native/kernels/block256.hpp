@@ -1,0 +1,40 @@
+/// Blocks of 8-bit codes, one scale each.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/blocks.hpp"
+#include "kernels/codebook256.hpp"
+
+namespace bnb {
+
+/// Fills the codes of a block of n values, and returns its absmax.
+template <class T>
+inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, uint8_t *codes) {
+    const float absmax = largest_magnitude(x, n);
+    if (std::isfinite(absmax)) {
+        codebook.encode(x, n, block_scale(absmax), codes);
+    } else {  // scaled values are 0 or NaN
+        std::memset(codes, codebook.code_of_zero(), static_cast<std::size_t>(n));
+    }
+    return absmax;
+}
+
+/// Four entries of the table. Loading them one by one beats table instructions, of which 16 codes would take 16 of the slowest.
+inline float32x4_t look_up(const float *codebook, const uint8_t *codes) {
+    float32x4_t values = vdupq_n_f32(codebook[codes[0]]);
+    values = vsetq_lane_f32(codebook[codes[1]], values, 1);
+    values = vsetq_lane_f32(codebook[codes[2]], values, 2);
+    return vsetq_lane_f32(codebook[codes[3]], values, 3);
+}
+
+/// Fills the n values of a block, or of a part of it.
+template <class T>
+inline void dequantize_block(const uint8_t *codes, const float *codebook, float absmax, int64_t n, T *out) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) store4(out + i, vmulq_n_f32(look_up(codebook, codes + i), absmax));
+    for (; i < n; ++i) store1(out + i, codebook[codes[i]] * absmax);
+}
+
+}  // namespace bnb

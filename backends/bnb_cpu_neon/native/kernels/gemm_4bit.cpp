@@ -1,0 +1,205 @@
+/// gemm_4bit: float32 arithmetic on every core, so that one form serves all tiers.
+///
+/// One row of x: dot products, each weight used in the register that it was looked up into. Several rows: panels of the weight
+/// are dequantized into the nearest cache, and multiplied by tiles of x, which are kept with their columns next to each other.
+#include "kernels/gemm_4bit.hpp"
+
+#include "kernels/tiles.hpp"
+#include "parallel.hpp"
+
+namespace bnb {
+namespace {
+
+/// Weights below which a second thread costs more than it saves.
+constexpr int64_t grain = 1 << 15;
+
+// ------------------------------------------------------------------------------------------------------------- one row of x
+
+/// Rows of the weight that share what is loaded of x.
+constexpr int64_t rows_at_once = 4;
+
+/// Adds the products of 32 weights of one block to two sums.
+inline void dot_step(const uint8_t *packed, const Codebook16 &codebook, float scale, const float32x4_t *x, float32x4_t *sums) {
+    const uint8x16x2_t codes = unpack(packed);
+    for (int half = 0; half < 2; ++half) {
+        const float32x4x4_t values = codebook[codes.val[half]];
+        for (int i = 0; i < 4; ++i) sums[i % 2] = vfmaq_f32(sums[i % 2], vmulq_n_f32(values.val[i], scale), x[4 * half + i]);
+    }
+}
+
+inline void load_step(const float *x, float32x4_t *vectors) {
+    for (int i = 0; i < 8; ++i) vectors[i] = vld1q_f32(x + 4 * i);
+}
+
+/// Products of x with consecutive rows of a weight whose rows are whole blocks.
+template <int rows>
+void dot_rows(const Packed4bit &weight, const Codebook16 &codebook, const float *x, int64_t first, int64_t K, float *products) {
+    const int64_t blocksize = weight.scales.blocksize, blocks = K / blocksize, stride = K / 2;
+    const uint8_t *packed = weight.codes + first * stride;
+    float32x4_t sums[rows][2];
+    for (int row = 0; row < rows; ++row) sums[row][0] = sums[row][1] = vdupq_n_f32(0);
+    for (int64_t block = 0; block < blocks; ++block) {
+        float scales[rows];
+        for (int row = 0; row < rows; ++row) scales[row] = weight.scales[(first + row) * blocks + block];
+        for (int64_t i = 0; i < blocksize; i += packed_step, packed += packed_step / 2, x += packed_step) {
+            float32x4_t vectors[8];
+            load_step(x, vectors);
+            for (int row = 0; row < rows; ++row) dot_step(packed + row * stride, codebook, scales[row], vectors, sums[row]);
+        }
+    }
+    for (int row = 0; row < rows; ++row) products[row] = vaddvq_f32(vaddq_f32(sums[row][0], sums[row][1]));
+}
+
+/// The product of x with elements begin to end of a weight, wherever they lie.
+float dot_run(const Packed4bit &weight, const Codebook16 &codebook, const float *x, int64_t begin, int64_t end) {
+    float single = 0;
+    float32x4_t sums[2] = {vdupq_n_f32(0), vdupq_n_f32(0)}, vectors[8];
+    for_each_run(
+        weight, begin, end, [&](float value) { single = value * *x++; },
+        [&](const uint8_t *packed, int64_t count, float scale) {
+            for (; count >= packed_step; count -= packed_step, packed += packed_step / 2, x += packed_step) {
+                load_step(x, vectors);
+                dot_step(packed, codebook, scale, vectors, sums);
+            }
+            if (count) {  // zeros in the place of both factors: one of them might be infinite
+                float values[packed_step] = {}, factors[packed_step] = {};
+                dequantize_rest(packed, count, codebook, scale, values);
+                std::memcpy(factors, x, static_cast<std::size_t>(count) * sizeof(float));
+                for (int i = 0; i < 8; ++i) {
+                    sums[i % 2] = vfmaq_f32(sums[i % 2], vld1q_f32(values + 4 * i), vld1q_f32(factors + 4 * i));
+                }
+                x += count;
+            }
+        });
+    return single + vaddvq_f32(vaddq_f32(sums[0], sums[1]));
+}
+
+template <class T>
+void multiply_row(
+    const T *x, const Packed4bit &weight, int64_t N, int64_t K, const T *bias, T *y, float *scratch, int threads) {
+    const float *row = to_floats(x, K, scratch);
+    const Codebook16 codebook(weight.codebook);
+    const bool whole_blocks = K % weight.scales.blocksize == 0;
+    const int64_t rows_of_grain = (grain / K + rows_at_once) / rows_at_once * rows_at_once;
+    parallel_for(threads, N, rows_of_grain, [&](int64_t begin, int64_t end) {
+        float products[rows_at_once];
+        for (int64_t n = begin; n < end; n += rows_at_once) {
+            const int64_t rows = std::min(rows_at_once, end - n);
+            if (whole_blocks && rows == rows_at_once) {
+                dot_rows<rows_at_once>(weight, codebook, row, n, K, products);
+            } else {
+                for (int64_t i = 0; i < rows; ++i) products[i] = dot_run(weight, codebook, row, (n + i) * K, (n + i + 1) * K);
+            }
+            for (int64_t i = 0; i < rows; ++i) store1(y + n + i, bias ? products[i] + load1(bias + n + i) : products[i]);
+        }
+    });
+}
+
+// --------------------------------------------------------------------------------------------------------- several rows of x
+
+/// Rows and columns of a panel of the weight.
+constexpr int panel_rows = 5;
+constexpr int64_t panel_columns = 512;
+
+/// Adds products with a panel to `sums` [panel_rows][4 * vectors]. x has 4 * vectors rows, those of a column side by side.
+///
+/// 5 rows by 16: 20 registers of sums, 5 of weights and 4 of x.
+template <int vectors>
+void multiply_tile(const float *x, const float *panel, int64_t columns, float *sums) {
+    float32x4_t sum[panel_rows][vectors], factor[panel_rows];
+    for (int n = 0; n < panel_rows; ++n)
+        for (int v = 0; v < vectors; ++v) sum[n][v] = vld1q_f32(sums + 4 * (n * vectors + v));
+    const auto add_column = [&](auto lane) {
+        float32x4_t column[vectors];
+        for (int v = 0; v < vectors; ++v) column[v] = vld1q_f32(x + 4 * v);
+        x += 4 * vectors;
+        for (int n = 0; n < panel_rows; ++n)
+            for (int v = 0; v < vectors; ++v) sum[n][v] = vfmaq_laneq_f32(sum[n][v], column[v], factor[n], decltype(lane)::value);
+    };
+    int64_t k = 0;
+    for (; k + 4 <= columns; k += 4) {
+        for (int n = 0; n < panel_rows; ++n) factor[n] = vld1q_f32(panel + n * panel_columns + k);
+        add_column(std::integral_constant<int, 0>());
+        add_column(std::integral_constant<int, 1>());
+        add_column(std::integral_constant<int, 2>());
+        add_column(std::integral_constant<int, 3>());
+    }
+    for (; k < columns; ++k) {
+        for (int n = 0; n < panel_rows; ++n) factor[n] = vdupq_n_f32(panel[n * panel_columns + k]);
+        add_column(std::integral_constant<int, 0>());
+    }
+    for (int n = 0; n < panel_rows; ++n)
+        for (int v = 0; v < vectors; ++v) vst1q_f32(sums + 4 * (n * vectors + v), sum[n][v]);
+}
+
+using MultiplyTile = void (*)(const float *x, const float *panel, int64_t columns, float *sums);
+constexpr MultiplyTile multiply_tiles[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>};
+
+/// Multiplies up to `most_rows` rows of x, in tiles, by the rows of the weight from `first` on, at most `panel_rows` of them.
+template <class T>
+void multiply_panel(
+    const Tiles &x, const Packed4bit &weight, const Codebook16 &codebook, int64_t first, int64_t N, const T *bias, T *y) {
+    const int64_t rows = std::min<int64_t>(panel_rows, N - first), K = x.columns;
+    float panel[panel_rows * panel_columns];
+    float sums[panel_rows * most_rows] = {};
+    if (rows < panel_rows) std::fill(panel + rows * panel_columns, panel + panel_rows * panel_columns, 0.0f);
+    for (int64_t k = 0; k < K; k += panel_columns) {
+        const int64_t columns = std::min(panel_columns, K - k);
+        for (int64_t n = 0; n < rows; ++n) {
+            const int64_t start = (first + n) * K + k;
+            dequantize(weight, codebook, start, start + columns, panel + n * panel_columns);
+        }
+        for (int64_t m = 0; m < x.rows; m += tile_rows) {
+            const int vectors = x.vectors(m);
+            multiply_tiles[vectors - 1](x.at(m, k), panel, columns, sums + m * panel_rows);
+        }
+    }
+    for (int64_t m = 0; m < x.rows; ++m) {
+        const int64_t tile = m - m % tile_rows;
+        const float *sum = sums + tile * panel_rows + m % tile_rows;
+        for (int64_t n = 0; n < rows; ++n) {
+            const float product = sum[n * 4 * x.vectors(tile)];
+            store1(y + m * N + first + n, bias ? product + load1(bias + first + n) : product);
+        }
+    }
+}
+
+template <class T>
+void multiply_rows(
+    const T *x, int64_t M, const Packed4bit &weight, int64_t N, int64_t K, const T *bias, T *y, float *scratch, int threads) {
+    const Codebook16 codebook(weight.codebook);
+    const int64_t panels = (N + panel_rows - 1) / panel_rows;
+    for (int64_t m = 0; m < M; m += most_rows) {
+        const Tiles tiles{scratch, std::min(most_rows, M - m), K};
+        fill_tiles(tiles, x + m * K, threads);
+        parallel_for(threads, panels, std::max<int64_t>(1, grain / (panel_rows * K)), [&](int64_t begin, int64_t end) {
+            for (int64_t panel = begin; panel < end; ++panel) {
+                multiply_panel(tiles, weight, codebook, panel * panel_rows, N, bias, y + m * N);
+            }
+        });
+    }
+}
+
+}  // namespace
+
+int64_t gemm_4bit_scratch(DType dtype, int64_t M, int64_t K) {
+    if (M == 1) return dtype == DType::float32 ? 0 : K;
+    return tiles_size(M, K);
+}
+
+void gemm_4bit(
+    DType dtype, const void *x, int64_t M, const Packed4bit &weight, int64_t N, int64_t K, const void *bias, void *y, float *scratch,
+    int threads) {
+    with_type(dtype, [&](auto element) {
+        using T = decltype(element);
+        const T *rows = static_cast<const T *>(x), *added = static_cast<const T *>(bias);
+        T *products = static_cast<T *>(y);
+        if (M == 1) {
+            multiply_row(rows, weight, N, K, added, products, scratch, threads);
+        } else {
+            multiply_rows(rows, M, weight, N, K, added, products, scratch, threads);
+        }
+    });
+}
+
+}  // namespace bnb
