@@ -9,15 +9,21 @@
 
 namespace bnb {
 
-/// Fills the codes of a block of n values, and returns its absmax.
+/// Fills the codes of n values of a block that has this absmax.
 template <class T>
-inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, uint8_t *codes) {
-    const float absmax = largest_magnitude(x, n);
+inline void encode_block(const Codebook256 &codebook, const T *x, int64_t n, float absmax, uint8_t *codes) {
     if (std::isfinite(absmax)) {
         codebook.encode(x, n, block_scale(absmax), codes);
     } else {  // scaled values are 0 or NaN
         std::memset(codes, codebook.code_of_zero(), static_cast<std::size_t>(n));
     }
+}
+
+/// Fills the codes of a block of n values, and returns its absmax.
+template <class T>
+inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, uint8_t *codes) {
+    const float absmax = largest_magnitude(x, n);
+    encode_block(codebook, x, n, absmax, codes);
     return absmax;
 }
 
