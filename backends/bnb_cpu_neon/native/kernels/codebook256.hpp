@@ -64,17 +64,19 @@ class Codebook256 {
             found[4 * i + 3] = buckets_[vgetq_lane_u16(halves, 7)];
         }
         for (int i = 0; i < step; i += 16) {
-            const uint8x16_t first = choose(s[i / 4], s[i / 4 + 1], found + i);
-            vst1q_u8(codes + i, vuzp1q_u8(first, choose(s[i / 4 + 2], s[i / 4 + 3], found + i + 8)));
+            const uint16x8x2_t first = vld2q_u16(reinterpret_cast<const uint16_t *>(found + i));
+            const uint16x8x2_t second = vld2q_u16(reinterpret_cast<const uint16_t *>(found + i + 8));
+            const uint8x16_t codes_a = vreinterpretq_u8_u16(first.val[1]), codes_b = vreinterpretq_u8_u16(second.val[1]);
+            const uint8x16_t above = vuzp1q_u8(
+                is_above(s[i / 4], s[i / 4 + 1], first.val[0]), is_above(s[i / 4 + 2], s[i / 4 + 3], second.val[0]));
+            vst1q_u8(codes + i, vbslq_u8(above, vuzp2q_u8(codes_a, codes_b), vuzp1q_u8(codes_a, codes_b)));
         }
     }
 
-    /// The codes of eight values in these buckets, each in the lower half of its 16 bits.
-    static uint8x16_t choose(float32x4_t a, float32x4_t b, const uint32_t *buckets) {
-        const uint16x8x2_t bucket = vld2q_u16(reinterpret_cast<const uint16_t *>(buckets));
+    /// Whether the lower 16 bits of eight values are above those of their buckets' midpoints.
+    static uint8x16_t is_above(float32x4_t a, float32x4_t b, uint16x8_t midpoints) {
         const uint16x8_t values = vuzp1q_u16(vreinterpretq_u16_f32(a), vreinterpretq_u16_f32(b));
-        const uint16x8_t codes = bucket.val[1];
-        return vreinterpretq_u8_u16(vbslq_u16(vcgtq_u16(values, bucket.val[0]), vshrq_n_u16(codes, 8), codes));
+        return vreinterpretq_u8_u16(vcgtq_u16(values, midpoints));
     }
 
     uint8_t search(float value) const {

@@ -35,13 +35,16 @@ void write(const float *from, int64_t n, T *to) {
     for (; i < n; ++i) store1(to + i, from[i]);
 }
 
-/// Whether no value is NaN or infinite: times zero, those are NaN. n is a multiple of 8.
+/// Whether no value is NaN or infinite. A sum of products of any two of them finds those that are, and seldom some that are only
+/// huge. n is a multiple of 8.
 bool all_finite(const float *values, int64_t n) {
-    float32x4_t sums[2] = {vdupq_n_f32(0), vdupq_n_f32(0)};
-    for (int64_t i = 0; i < n; i += 8) {
-        for (int v = 0; v < 2; ++v) sums[v] = vfmaq_n_f32(sums[v], vld1q_f32(values + i + 4 * v), 0.0f);
+    float32x4_t sums[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        for (int v = 0; v < 4; ++v) sums[v] = vfmaq_f32(sums[v], vld1q_f32(values + i + 8 * v), vld1q_f32(values + i + 8 * v + 4));
     }
-    return vaddvq_f32(vaddq_f32(sums[0], sums[1])) == 0.0f;
+    for (; i < n; i += 8) sums[0] = vfmaq_f32(sums[0], vld1q_f32(values + i), vld1q_f32(values + i + 4));
+    return std::isfinite(vaddvq_f32(vaddq_f32(vaddq_f32(sums[0], sums[1]), vaddq_f32(sums[2], sums[3]))));
 }
 
 double sum_of_squares(const float *values, int64_t n) {
@@ -56,8 +59,10 @@ class States32bit {
     static constexpr bool in_place = true;
 
     int64_t blocksize() const { return chunk_size; }
-    void load(const OptimizerTensor &tensor, std::size_t state, int64_t, int64_t first, int64_t n, float *values) const {
+    /// Reads n values of a block; they are to be multiplied by what is returned.
+    float load(const OptimizerTensor &tensor, std::size_t state, int64_t, int64_t first, int64_t n, float *values) const {
         std::copy_n(static_cast<const float *>(tensor.states[state]) + first, n, values);
+        return 1.0f;
     }
     void store(const OptimizerTensor &tensor, std::size_t state, int64_t first, int64_t n, const float *values, float) const {
         std::copy_n(values, n, static_cast<float *>(tensor.states[state]) + first);
@@ -76,9 +81,9 @@ class States8bit {
     }
 
     int64_t blocksize() const { return blocksize_; }
-    void load(const OptimizerTensor &tensor, std::size_t state, int64_t block, int64_t first, int64_t n, float *values) const {
-        const uint8_t *codes = static_cast<const uint8_t *>(tensor.states[state]) + first;
-        dequantize_block(codes, codebooks_[state]->entries(), tensor.absmax[state][block], n, values);
+    float load(const OptimizerTensor &tensor, std::size_t state, int64_t block, int64_t first, int64_t n, float *values) const {
+        copy_entries(static_cast<const uint8_t *>(tensor.states[state]) + first, codebooks_[state]->entries(), n, values);
+        return tensor.absmax[state][block];
     }
     void store(const OptimizerTensor &tensor, std::size_t state, int64_t first, int64_t n, const float *values, float absmax) const {
         encode_block(*codebooks_[state], values, n, absmax, static_cast<uint8_t *>(tensor.states[state]) + first);
@@ -97,12 +102,14 @@ struct Chunk {
     float *param;
     const float *grad;
     float *states[most_states];  ///< null if there is none
+    float scales[most_states];   ///< of the states, until the rule is applied
+    float absmax[most_states] = {};  ///< of the states, after the rule
     bool some_left_alone;        ///< the step does not change every element
     bool left_alone[chunk_size];
     float copies[2 + most_states][chunk_size];
 
     float *copy(std::size_t which) {
-        std::fill(copies[which] + n, copies[which] + padded, 0.0f);
+        for (int64_t i = n; i < padded; ++i) copies[which][i] = 0.0f;
         return copies[which];
     }
 };
@@ -146,25 +153,19 @@ class Step {
     void update(const OptimizerTensor &tensor, int64_t begin, int64_t end, double trust_ratio) const {
         const float decay = h_.decoupled_weight_decay ? static_cast<float>(1 - h_.lr * h_.weight_decay) : 1.0f;
         const double factor = h_.lr * trust_ratio * coefficients_.rate;
+        const bool single = states_.blocksize() <= chunk_size;
         Chunk chunk;
         for (int64_t block = begin; block < end; ++block) {
-            float absmax[most_states] = {};
             // Of a block that is a single chunk, absmax is known in time; else a first run over the block finds it.
-            const bool single = states_.blocksize() <= chunk_size;
-            if (!single) {
-                for_chunks(tensor, block, [&](int64_t first, int64_t n) {
-                    load(tensor, block, first, n, true, chunk);
-                    apply(decay, factor, chunk);
-                    find_absmax(chunk, absmax);
-                });
-            }
+            float of_chunks[most_states] = {};
+            if (!single) find_absmax(tensor, block, decay, factor, chunk, of_chunks);
+            const float *absmax = single ? chunk.absmax : of_chunks;
             for_chunks(tensor, block, [&](int64_t first, int64_t n) {
                 load(tensor, block, first, n, false, chunk);
                 apply(decay, factor, chunk);
-                if (single && !States::in_place) find_absmax(chunk, absmax);
                 store(tensor, first, absmax, chunk);
             });
-            for (std::size_t state = 0; state < most_states; ++state) {
+            for (std::size_t state = 0; !States::in_place && state < most_states; ++state) {
                 if (tensor.absmax[state]) tensor.absmax[state][block] = absmax[state];
             }
         }
@@ -175,6 +176,18 @@ class Step {
     void for_chunks(const OptimizerTensor &tensor, int64_t block, const Body &body) const {
         const int64_t end = std::min(tensor.n, (block + 1) * states_.blocksize());
         for (int64_t first = block * states_.blocksize(); first < end; first += chunk_size) body(first, std::min(chunk_size, end - first));
+    }
+
+    /// Works out the largest magnitudes that a block's states will have, changing nothing.
+    __attribute__((noinline)) void find_absmax(
+        const OptimizerTensor &tensor, int64_t block, float decay, double factor, Chunk &chunk, float *absmax) const {
+        for_chunks(tensor, block, [&](int64_t first, int64_t n) {
+            load(tensor, block, first, n, true, chunk);
+            apply(decay, factor, chunk);
+            for (std::size_t state = 0; state < most_states; ++state) {
+                if (!(chunk.absmax[state] <= absmax[state])) absmax[state] = chunk.absmax[state];  // a NaN stays
+            }
+        });
     }
 
     /// Reads a chunk and prepares its gradient. With `copy`, nothing in the chunk is the tensor's own memory.
@@ -191,7 +204,7 @@ class Step {
                 chunk.states[state] = static_cast<float *>(tensor.states[state]) + first;
             } else {
                 chunk.states[state] = chunk.copy(2 + state);
-                states_.load(tensor, state, block, first, n, chunk.states[state]);
+                chunk.scales[state] = states_.load(tensor, state, block, first, n, chunk.states[state]);
             }
         }
         prepare_gradient(chunk);
@@ -223,25 +236,26 @@ class Step {
 
     /// Applies the rule to a chunk, and puts back what is to be left alone.
     void apply(float decay, double factor, Chunk &chunk) const {
+        const float rounded = static_cast<float>(factor);
+        if (!States::in_place && !chunk.some_left_alone && chunk.n % 16 == 0) {
+            rule_.apply_scaled(
+                coefficients_, decay, rounded, chunk.param, chunk.grad, chunk.states, chunk.scales, chunk.absmax, chunk.n);
+            return;
+        }
         float *const changed[] = {chunk.param, chunk.states[0], chunk.states[1], chunk.states[2]};
         float before[1 + most_states][chunk_size];
-        for (std::size_t i = 0; chunk.some_left_alone && i <= most_states; ++i) {
-            if (changed[i]) std::copy_n(changed[i], chunk.n, before[i]);
+        for (std::size_t i = 0; i <= most_states; ++i) {
+            if (!States::in_place && i > 0 && changed[i]) {
+                for (int64_t at = 0; at < chunk.n; ++at) changed[i][at] *= chunk.scales[i - 1];
+            }
+            if (chunk.some_left_alone && changed[i]) std::copy_n(changed[i], chunk.n, before[i]);
         }
-        rule_(coefficients_, decay, static_cast<float>(factor), chunk.param, chunk.grad, chunk.states, chunk.padded);
-        for (std::size_t i = 0; chunk.some_left_alone && i <= most_states; ++i) {
-            for (int64_t at = 0; changed[i] && at < chunk.n; ++at) {
+        rule_.apply(coefficients_, decay, rounded, chunk.param, chunk.grad, chunk.states, chunk.padded);
+        for (std::size_t i = 0; i <= most_states; ++i) {
+            for (int64_t at = 0; chunk.some_left_alone && changed[i] && at < chunk.n; ++at) {
                 if (chunk.left_alone[at]) changed[i][at] = before[i][at];
             }
-        }
-    }
-
-    /// Enlarges `absmax` to the states of the chunk.
-    static void find_absmax(const Chunk &chunk, float *absmax) {
-        for (std::size_t state = 0; state < most_states; ++state) {
-            if (!chunk.states[state]) continue;
-            const float largest = largest_magnitude(chunk.states[state], chunk.n);
-            if (!(largest <= absmax[state])) absmax[state] = largest;  // a NaN stays
+            if (!States::in_place && i > 0 && changed[i]) chunk.absmax[i - 1] = largest_magnitude(changed[i], chunk.n);
         }
     }
 
@@ -256,7 +270,7 @@ class Step {
     const States &states_;
     const Hyperparameters &h_;
     Coefficients coefficients_;
-    UpdateRule *rule_;
+    UpdateRule rule_;
 };
 
 // ------------------------------------------------------------------------------------------------------------------ all tensors

@@ -15,10 +15,17 @@ struct Coefficients {
     Coefficients(Algorithm algorithm, const Hyperparameters &h);
 };
 
-/// Updates n elements, a multiple of 8, and their states: param = param * decay - factor * direction.
-using UpdateRule =
-    void(const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, float *const *states, int64_t n);
+/// An update rule for n elements: param = param * decay - factor * direction. The states are updated in place.
+struct UpdateRule {
+    /// For n that is a multiple of 8.
+    void (*apply)(const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, float *const *states, int64_t n);
+    /// For states that are to be multiplied by a scale each; fills `absmax` with their largest magnitudes after the step, or NaN. n is
+    /// a multiple of 16.
+    void (*apply_scaled)(
+        const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, float *const *states,
+        const float *scales, float *absmax, int64_t n);
+};
 
-UpdateRule *update_rule(Algorithm algorithm, const Hyperparameters &h);
+UpdateRule update_rule(Algorithm algorithm, const Hyperparameters &h);
 
 }  // namespace bnb
