@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "elements.hpp"
+#include "kernels/blocks.hpp"
 
 namespace bnb {
 
@@ -20,7 +21,7 @@ class OutlierTest {
     explicit OutlierTest(double threshold) : any_(threshold > 0), threshold_(static_cast<float>(threshold)) {}
 
     bool any() const { return any_; }
-    /// The magnitudes' bits where they are below the threshold, else 0.
+    /// The magnitudes' bits where they are below the threshold, or everywhere if there is none; else 0.
     uint32x4_t regular(float32x4_t values) const {
         const uint32x4_t bits = magnitude_bits(values);
         return any_ ? vandq_u32(bits, vcltq_f32(vabsq_f32(values), vdupq_n_f32(threshold_))) : bits;
@@ -59,6 +60,7 @@ inline void for_row(const T *x, int64_t K, const Body &body) {
 /// The largest magnitude below the threshold; NaN if there is no threshold and a NaN.
 template <class T>
 inline float int8_row_absmax(const T *x, int64_t K, const OutlierTest &outliers) {
+    if (!outliers.any()) return largest_magnitude(x, K);
     uint32x4_t largest[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
     for_row(x, K, [&](const T *part, int64_t, int64_t) {
         for (int i = 0; i < 4; ++i) largest[i] = vmaxq_u32(largest[i], outliers.regular(load4(part + 4 * i)));

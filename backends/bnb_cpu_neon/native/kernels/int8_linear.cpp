@@ -1,9 +1,11 @@
 /// int8_linear: rows are quantized and packed a megabyte at a time, multiplied, and the sums scaled while they are in cache.
 #include <algorithm>
+#include <array>
 
 #include "kernels/int8.hpp"
 #include "kernels/int8_codes.hpp"
 #include "kernels/int8_matmul/product.hpp"
+#include "kernels/int8_rows.hpp"
 #include "parallel.hpp"
 
 namespace bnb {
@@ -83,19 +85,34 @@ struct Scratch {
     }
 };
 
-/// What the sums of one column of the result are scaled with, and what is added to them.
-template <class T>
+/// Four columns of the result: what their sums are scaled with, and what is added to them.
 struct Columns {
-    float scale[tile_size] = {}, outlier_scale[tile_size] = {}, bias[tile_size] = {};
+    float32x4_t scale, outlier_scale, bias;
 
-    Columns(const float *absmax, const T *added, int64_t count) {
-        for (int64_t j = 0; j < count; ++j) {
-            scale[j] = absmax[j];
-            outlier_scale[j] = absmax[j] * (1.0f / 127.0f);
-            if (added) bias[j] = load1(added + j);
-        }
+    /// Scales sums of products, with those of the outlier columns unless these are null. In this order, no intermediate result is far
+    /// outside the range of the final ones.
+    float32x4_t finish(const int32_t *sums, float row_scale, const float *outlier_sums) const {
+        float32x4_t value = vmulq_f32(vmulq_n_f32(vcvtq_f32_s32(vld1q_s32(sums)), row_scale), scale);
+        if (outlier_sums) value = vfmaq_f32(value, vld1q_f32(outlier_sums), outlier_scale);
+        return vaddq_f32(value, bias);
     }
 };
+
+/// The columns of a tile; beyond `count` they mean nothing.
+template <class T>
+std::array<Columns, 2> columns_of_tile(const float *absmax, const T *bias, int64_t count) {
+    float scale[tile_size] = {}, outlier_scale[tile_size] = {}, added[tile_size] = {};
+    for (int64_t j = 0; j < count; ++j) {
+        scale[j] = absmax[j];
+        outlier_scale[j] = int8_row_scale(absmax[j]);
+        if (bias) added[j] = load1(bias + j);
+    }
+    std::array<Columns, 2> columns;
+    for (std::size_t half = 0; half < 2; ++half) {
+        columns[half] = {vld1q_f32(scale + 4 * half), vld1q_f32(outlier_scale + 4 * half), vld1q_f32(added + 4 * half)};
+    }
+    return columns;
+}
 
 template <class T>
 void multiply(const T *x, int64_t M, const Int8Weight &weight, const T *bias, double threshold, T *y, void *memory, int threads) {
@@ -133,19 +150,23 @@ void multiply(const T *x, int64_t M, const Int8Weight &weight, const T *bias, do
         });
         parallel_for(threads, N, int8::grain_of_rows(rows, K), [&](int64_t from, int64_t to) {
             const auto use = [&](int64_t begin, int64_t end, int64_t n, int64_t count, const int32_t(*sums)[tile_size]) {
-                const Columns<T> columns(weight.absmax + n, bias ? bias + n : nullptr, count);
-                float added[most_rows][tile_size];
-                if (outliers.any()) outliers.multiply(begin, end, weight.codes + n * K, K, count, added);
-                for (int64_t m = begin; m < end; ++m) {
-                    T rest[tile_size], *out = count == tile_size ? y_rows + m * N + n : rest;
-                    for (int j = 0; j < tile_size; j += 4) {
-                        // In this order, no intermediate result is far outside the range of the final ones.
-                        const float32x4_t scaled = vmulq_n_f32(vcvtq_f32_s32(vld1q_s32(sums[m - begin] + j)), scratch.row_scales[m]);
-                        float32x4_t value = vmulq_f32(scaled, vld1q_f32(columns.scale + j));
-                        if (outliers.any()) value = vfmaq_f32(value, vld1q_f32(added[m - begin] + j), vld1q_f32(columns.outlier_scale + j));
-                        store4(out + j, vaddq_f32(value, vld1q_f32(columns.bias + j)));
+                const std::array<Columns, 2> columns = columns_of_tile(weight.absmax + n, bias ? bias + n : nullptr, count);
+                const auto finish = [&](int64_t m, const float *outlier_sums, T *out) {
+                    for (std::size_t half = 0; half < 2; ++half) {
+                        const float *added = outlier_sums ? outlier_sums + 4 * half : nullptr;
+                        store4(out + 4 * half, columns[half].finish(sums[m - begin] + 4 * half, scratch.row_scales[m], added));
                     }
-                    if (out == rest) std::copy(rest, rest + count, y_rows + m * N + n);
+                };
+                if (!outliers.any() && count == tile_size) {
+                    for (int64_t m = begin; m < end; ++m) finish(m, nullptr, y_rows + m * N + n);
+                    return;
+                }
+                float outlier_sums[most_rows][tile_size];
+                if (outliers.any()) outliers.multiply(begin, end, weight.codes + n * K, K, count, outlier_sums);
+                for (int64_t m = begin; m < end; ++m) {
+                    T row[tile_size];
+                    finish(m, outliers.any() ? outlier_sums[m - begin] : nullptr, row);
+                    std::copy(row, row + count, y_rows + m * N + n);
                 }
             };
             int8::for_products(left, rows, weight.codes, K, from, to, use);

@@ -55,7 +55,14 @@ inline int8x16_t load_left(const int8_t *row, int64_t K, int64_t k) {
 template <class Step>
 inline __attribute__((always_inline)) void for_columns(int64_t K, const Step &step) {
     int64_t k = 0;
-    for (; k + columns_step <= K; k += columns_step) step(k, k);
+    for (; k + 2 * columns_step <= K; k += 2 * columns_step) {
+        step(k, k);
+        step(k + columns_step, k + columns_step);
+    }
+    if (k + columns_step <= K) {
+        step(k, k);
+        k += columns_step;
+    }
     if (k < K) step(k, K - columns_step);
 }
 
