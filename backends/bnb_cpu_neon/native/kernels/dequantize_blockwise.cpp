@@ -16,11 +16,18 @@ inline float32x4_t look_up(const float *codebook, const uint8_t *codes) {
     return vsetq_lane_f32(codebook[codes[3]], values, 3);
 }
 
+/// Fills `out` with n values, of which the last block may be shorter.
 template <class T>
-void dequantize_block(const uint8_t *codes, const float *codebook, float scale, int64_t n, T *out) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) store4(out + i, vmulq_n_f32(look_up(codebook, codes + i), scale));
-    for (; i < n; ++i) store1(out + i, codebook[codes[i]] * scale);
+void dequantize_blocks(const uint8_t *codes, const float *absmax, const float *codebook, int64_t blocksize, int64_t n, T *out) {
+    for (; n > 0; n -= blocksize, codes += blocksize, ++absmax, out += blocksize) {
+        const int64_t count = std::min(n, blocksize);
+        const float scale = *absmax;
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) {
+            unroll<4>([&](auto j) BNB_INLINE { store4(out + i + 4 * j, vmulq_n_f32(look_up(codebook, codes + i + 4 * j), scale)); });
+        }
+        for (; i < count; ++i) store1(out + i, codebook[codes[i]] * scale);
+    }
 }
 
 }  // namespace
@@ -32,10 +39,8 @@ void dequantize_blockwise(
     with_type(dtype, [&](auto element) {
         auto *values = static_cast<decltype(element) *>(out);
         parallel_for(threads, blocks, std::max<int64_t>(1, grain / blocksize), [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t start = block * blocksize;
-                dequantize_block(codes + start, codebook, absmax[block], std::min(blocksize, n - start), values + start);
-            }
+            const int64_t start = begin * blocksize, count = std::min(n, end * blocksize) - start;
+            dequantize_blocks(codes + start, absmax + begin, codebook, blocksize, count, values + start);
         });
     });
 }

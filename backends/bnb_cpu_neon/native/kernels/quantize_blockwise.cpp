@@ -21,22 +21,26 @@ inline uint8x16_t quantize_step(const Codebook256 &codebook, const T *x, float s
                               vmulq_n_f32(load4(x + 12), scale)}});
 }
 
+/// Quantizes n elements, of which the last block may be shorter.
 template <class T>
-void quantize_block(const Codebook256 &codebook, const T *x, int64_t n, uint8_t *codes, float *absmax) {
-    *absmax = largest_magnitude(x, n);
-    if (!std::isfinite(*absmax)) {  // scaled values are 0 or NaN
-        std::memset(codes, codebook.code_of_zero(), static_cast<std::size_t>(n));
-        return;
-    }
-    const float scale = block_scale(*absmax);
-    int64_t i = 0;
-    for (; i + step <= n; i += step) vst1q_u8(codes + i, quantize_step(codebook, x + i, scale));
-    if (i < n) {
-        T rest[step] = {};
-        uint8_t bytes[step];
-        std::memcpy(rest, x + i, static_cast<std::size_t>(n - i) * sizeof(T));
-        vst1q_u8(bytes, quantize_step(codebook, rest, scale));
-        std::memcpy(codes + i, bytes, static_cast<std::size_t>(n - i));
+void quantize_blocks(const Codebook256 &codebook, const T *x, int64_t n, int64_t blocksize, uint8_t *codes, float *absmax) {
+    for (; n > 0; n -= blocksize, x += blocksize, codes += blocksize, ++absmax) {
+        const int64_t count = std::min(n, blocksize);
+        *absmax = largest_magnitude(x, count);
+        if (!std::isfinite(*absmax)) {  // scaled values are 0 or NaN
+            std::memset(codes, codebook.code_of_zero(), static_cast<std::size_t>(count));
+            continue;
+        }
+        const float scale = block_scale(*absmax);
+        int64_t i = 0;
+        for (; i + step <= count; i += step) vst1q_u8(codes + i, quantize_step(codebook, x + i, scale));
+        if (i < count) {
+            T rest[step] = {};
+            uint8_t bytes[step];
+            std::memcpy(rest, x + i, static_cast<std::size_t>(count - i) * sizeof(T));
+            vst1q_u8(bytes, quantize_step(codebook, rest, scale));
+            std::memcpy(codes + i, bytes, static_cast<std::size_t>(count - i));
+        }
     }
 }
 
@@ -49,10 +53,8 @@ void quantize_blockwise(
     with_type(dtype, [&](auto element) {
         const auto *values = static_cast<const decltype(element) *>(x);
         parallel_for(threads, blocks, std::max<int64_t>(1, grain / blocksize), [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t start = block * blocksize;
-                quantize_block(*prepared, values + start, std::min(blocksize, n - start), codes + start, absmax + block);
-            }
+            const int64_t start = begin * blocksize, count = std::min(n, end * blocksize) - start;
+            quantize_blocks(*prepared, values + start, count, blocksize, codes + start, absmax + begin);
         });
     });
 }

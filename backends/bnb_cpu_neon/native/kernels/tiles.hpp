@@ -53,15 +53,4 @@ void fill_tiles(const Tiles &tiles, const T *x, int threads) {
     });
 }
 
-/// The n values of x in float32: x itself, or a copy in `scratch`.
-inline const float *to_floats(const float *x, int64_t, float *) { return x; }
-
-template <class T>
-const float *to_floats(const T *x, int64_t n, float *scratch) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(scratch + i, load4(x + i));
-    for (; i < n; ++i) scratch[i] = load1(x + i);
-    return scratch;
-}
-
 }  // namespace bnb
