@@ -88,12 +88,14 @@ BNB_INLINE inline void load_after(const Vector &done, const Element *&next) {
 #endif
 }
 
-/// Takes bits of `a` where the mask is set, and else of `b`, with one instruction: compilers that know the mask make two of it.
-inline uint32x4_t select_bits(uint32x4_t mask, uint32x4_t a, uint32x4_t b) {
+/// Takes bits of `a` where the mask is set, and else of `b`. Compilers that know the mask would make three instructions of one.
+BNB_INLINE inline uint32x4_t select_bits(uint32x4_t mask, uint32x4_t a, uint32x4_t b) {
 #if defined(__aarch64__)
-    asm("" : "+w"(mask));
-#endif
+    asm("bit %0.16b, %1.16b, %2.16b" : "+w"(b) : "w"(a), "w"(mask));
+    return b;
+#else
     return vbslq_u32(mask, a, b);
+#endif
 }
 
 }  // namespace bnb

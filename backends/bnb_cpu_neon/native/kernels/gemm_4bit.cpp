@@ -65,46 +65,75 @@ void dot_rows(const Packed4bit weight, const Codebook16 codebook, const float *x
     const BlockScales scales_of = weight.scales.from(first * blocks);
     float32x4_t sums[rows];
     unroll<rows>([&](auto row) BNB_INLINE { sums[row] = vdupq_n_f32(0); });
-    for (int64_t block = 0; block < blocks; ++block) {
-        float scales[rows];
-        unroll<rows>([&](auto row) BNB_INLINE { scales[row] = scales_of[row * blocks + block]; });
-        for (int64_t i = 0; i < blocksize; i += packed_step, packed += packed_step / 2, x += packed_step) {
-            unroll<2>([&](auto half) BNB_INLINE {
-                float32x4_t vectors[4];
-                unroll<4>([&](auto i) BNB_INLINE { vectors[i] = vld1q_f32(x + 16 * half + 4 * i); });
-                const uint8_t *bytes = packed;
-                unroll<rows>([&](auto row) BNB_INLINE {
-                    const uint8x16_t pairs = vld1q_u8(bytes);
-                    const uint8x16_t codes = half == 0 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
-                    dot_half_step(codes, codebook, scales[row], vectors, sums[row]);
-                    bytes += stride;
-                    load_after(sums[row], bytes);
-                });
+    float scales[rows];
+    const auto add_step = [&]() BNB_INLINE {
+        unroll<2>([&](auto half) BNB_INLINE {
+            float32x4_t vectors[4];
+            unroll<4>([&](auto i) BNB_INLINE { vectors[i] = vld1q_f32(x + 16 * half + 4 * i); });
+            const uint8_t *bytes = packed;
+            unroll<rows>([&](auto row) BNB_INLINE {
+                const uint8x16_t pairs = vld1q_u8(bytes);
+                const uint8x16_t codes = half == 0 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
+                dot_half_step(codes, codebook, scales[row], vectors, sums[row]);
+                bytes += stride;
+                load_after(sums[row], bytes);
             });
+        });
+        packed += packed_step / 2;
+        x += packed_step;
+        load_after(sums[rows - 1], packed);
+        load_after(sums[rows - 1], x);
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+        unroll<rows>([&](auto row) BNB_INLINE { scales[row] = scales_of[row * blocks + block]; });
+        if (blocksize == packed_step) add_step();
+        for (int64_t pair = blocksize / (2 * packed_step); pair; --pair) {
+            add_step();
+            add_step();
         }
     }
     unroll<rows>([&](auto row) BNB_INLINE { products[row] = vaddvq_f32(sums[row]); });
 }
 
+/// The product of x with fewer weights than `packed_step`, of one block; reads no byte beyond them.
+__attribute__((noinline)) float dot_rest(const uint8_t *packed, int64_t count, const Codebook16 codebook, float scale, const float *x) {
+    uint8_t bytes[packed_step / 2] = {};
+    float values[packed_step];
+    std::memcpy(bytes, packed, static_cast<std::size_t>(count + 1) / 2);
+    dequantize_step(bytes, codebook, scale, values);
+    float32x4_t sums = vdupq_n_f32(0);
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) sums = vfmaq_f32(sums, vld1q_f32(values + i), vld1q_f32(x + i));
+    float sum = vaddvq_f32(sums);
+    for (; i < count; ++i) sum += values[i] * x[i];
+    return sum;
+}
+
 /// The product of x with elements begin to end of a weight, wherever they lie.
 float dot_run(const Packed4bit &weight, const Codebook16 codebook, const float *x, int64_t begin, int64_t end) {
-    float single = 0;
+    float rest = 0;  // what fills no step
     float32x4_t sums = vdupq_n_f32(0);
-    for_each_run(
-        weight, begin, end, [&](float value) BNB_INLINE { single = value * *x++; },
+    const int64_t pairs_of_steps = weight.scales.blocksize / (2 * packed_step);
+    for_each_block(
+        weight, begin, end, [&](float value) BNB_INLINE { rest = value * *x++; },
         [&](const uint8_t *packed, int64_t count, float scale) BNB_INLINE {
             for (; count >= packed_step; count -= packed_step, packed += packed_step / 2, x += packed_step) {
                 dot_step(packed, codebook, scale, x, sums);
             }
-            if (count) {  // zeros in the place of both factors: one of them might be infinite
-                float values[packed_step] = {}, factors[packed_step] = {};
-                dequantize_rest(packed, count, codebook, scale, values);
-                std::memcpy(factors, x, static_cast<std::size_t>(count) * sizeof(float));
-                for (int i = 0; i < 8; ++i) sums = vfmaq_f32(sums, vld1q_f32(values + 4 * i), vld1q_f32(factors + 4 * i));
-                x += count;
+            if (count) rest += dot_rest(packed, count, codebook, scale, x);
+            x += count;
+        },
+        [&](const uint8_t *packed, float scale) BNB_INLINE {
+            if (pairs_of_steps == 0) {  // a blocksize of one step
+                dot_step(packed, codebook, scale, x, sums);
+                x += packed_step;
+            }
+            for (int64_t pair = pairs_of_steps; pair; --pair, packed += packed_step, x += 2 * packed_step) {
+                dot_step(packed, codebook, scale, x, sums);
+                dot_step(packed + packed_step / 2, codebook, scale, x + packed_step, sums);
             }
         });
-    return single + vaddvq_f32(sums);
+    return rest + vaddvq_f32(sums);
 }
 
 template <class T>
@@ -134,7 +163,7 @@ void multiply_row(
 
 /// Rows and columns of a panel of the weight.
 constexpr int panel_rows = 4;
-constexpr int64_t panel_columns = 512;
+constexpr int64_t panel_columns = 1024;
 
 /// A column of a tile.
 template <int vectors>
@@ -191,6 +220,22 @@ void multiply_tile(const float *x, const float *panel, int64_t columns, float *s
 using MultiplyTile = void (*)(const float *x, const float *panel, int64_t columns, float *sums);
 constexpr MultiplyTile multiply_tiles[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>};
 
+/// Stores products with up to 4 rows of x and of the weight, and adds the bias. Those with a row of the weight are side by side.
+template <class T>
+void store_products(const float *sums, int64_t stride, int64_t M, int64_t N, const T *bias, T *y, int64_t columns) {
+    static_assert(panel_rows == 4, "the products of a row of x make a vector");
+    if (N < panel_rows) {
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t n = 0; n < N; ++n) {
+                const float product = sums[n * stride + m];
+                store1(y + m * columns + n, bias ? product + load1(bias + n) : product);
+            }
+        return;
+    }
+    const float32x4x4_t rows = transpose(vld1q_f32(sums), vld1q_f32(sums + stride), vld1q_f32(sums + 2 * stride), vld1q_f32(sums + 3 * stride));
+    for (int64_t m = 0; m < M; ++m) store4(y + m * columns, bias ? vaddq_f32(rows.val[m], load4(bias)) : rows.val[m]);
+}
+
 /// Multiplies up to `most_rows` rows of x, in tiles, by the rows of the weight from `first` on, at most `panel_rows` of them.
 template <class T>
 void multiply_panel(
@@ -210,13 +255,10 @@ void multiply_panel(
             multiply_tiles[vectors - 1](x.at(m, k), panel, columns, sums + m * panel_rows);
         }
     }
-    for (int64_t m = 0; m < x.rows; ++m) {
-        const int64_t tile = m - m % tile_rows;
+    for (int64_t m = 0; m < x.rows; m += 4) {
+        const int64_t tile = m - m % tile_rows, stride = 4 * x.vectors(tile);
         const float *sum = sums + tile * panel_rows + m % tile_rows;
-        for (int64_t n = 0; n < rows; ++n) {
-            const float product = sum[n * 4 * x.vectors(tile)];
-            store1(y + m * N + first + n, bias ? product + load1(bias + first + n) : product);
-        }
+        store_products(sum, stride, std::min<int64_t>(4, x.rows - m), rows, bias ? bias + first : nullptr, y + m * N + first, N);
     }
 }
 
