@@ -9,7 +9,27 @@
 #include <simde/arm/neon.h>
 #endif
 
+#include <cstddef>
+#include <type_traits>
+#include <utility>
+
+/// For what lies in an innermost loop: compilers would rather call a lambda than keep its captures in registers.
+#define BNB_INLINE __attribute__((always_inline))
+
 namespace bnb {
+
+namespace detail {
+template <class Body, std::size_t... indices>
+BNB_INLINE inline void unroll(const Body &body, std::index_sequence<indices...>) {
+    (body(std::integral_constant<int, indices>()), ...);
+}
+}  // namespace detail
+
+/// Calls `body` with 0, 1, … count - 1 as constants, so that arrays which it indexes stay in registers.
+template <std::size_t count, class Body>
+BNB_INLINE inline void unroll(const Body &body) {
+    detail::unroll(body, std::make_index_sequence<count>());
+}
 
 /// Four float16 numbers, as bits, to float32; exact.
 inline float32x4_t widen_half(uint16x4_t bits) {
@@ -88,6 +108,27 @@ inline uint32x4_t put_above(uint32x4_t low, uint32x4_t high) {
     return vsliq_n_u32(low, high, n);
 #else
     return vorrq_u32(vandq_u32(low, vdupq_n_u32((1u << n) - 1)), vshlq_n_u32(high, n));
+#endif
+}
+
+/// Keeps the compiler from loading what `next` points to before it has computed `done`: it would overlap more than the registers
+/// hold, and spill. The CPU, which has more of them, sees nothing of it.
+template <class Vector, class Element>
+BNB_INLINE inline void load_after(const Vector &done, const Element *&next) {
+#if defined(__aarch64__)
+    asm("" : "+r"(next) : "w"(done));
+#else
+    (void)done, (void)next;
+#endif
+}
+
+/// Takes bits of `a` where the mask is set, and else of `b`. Compilers that know the mask would make three instructions of one.
+BNB_INLINE inline uint32x4_t select_bits(uint32x4_t mask, uint32x4_t a, uint32x4_t b) {
+#if defined(__aarch64__)
+    asm("bit %0.16b, %1.16b, %2.16b" : "+w"(b) : "w"(a), "w"(mask));
+    return b;
+#else
+    return vbslq_u32(mask, a, b);
 #endif
 }
 

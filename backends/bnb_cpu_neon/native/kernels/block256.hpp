@@ -41,21 +41,4 @@ inline void copy_entries(const uint8_t *codes, const float *codebook, int64_t n,
     for (; i < n; ++i) out[i] = codebook[codes[i]];
 }
 
-/// Four entries of the table. Loading them one by one beats table instructions, of which 16 codes would take 16 of the slowest.
-inline float32x4_t look_up(const float *codebook, const uint8_t *codes) {
-    float32x4_t values = vdupq_n_f32(codebook[codes[0]]);
-    values = vsetq_lane_f32(codebook[codes[1]], values, 1);
-    values = vsetq_lane_f32(codebook[codes[2]], values, 2);
-    return vsetq_lane_f32(codebook[codes[3]], values, 3);
-}
-
-/// Fills the n values of a block, or of a part of it.
-template <class T>
-inline void dequantize_block(const uint8_t *codes, const float *codebook, float absmax, int64_t n, T *out) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j += 4) store4(out + i + j, vmulq_n_f32(look_up(codebook, codes + i + j), absmax));
-    for (; i < n; ++i) store1(out + i, codebook[codes[i]] * absmax);
-}
-
 }  // namespace bnb

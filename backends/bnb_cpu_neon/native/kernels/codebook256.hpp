@@ -52,7 +52,7 @@ class Codebook256 {
     /// The codes of `step` values. Buckets go through memory, which takes fewer instructions than collecting them in registers;
     /// there are so many that the first are written long before they are read.
     template <class T>
-    __attribute__((always_inline)) void look_up(const T *values, float scale, uint8_t *codes) const {
+    BNB_INLINE void look_up(const T *values, float scale, uint8_t *codes) const {
         float32x4_t s[step / 4];
         uint32_t found[step];
         for (int i = 0; i < step / 4; ++i) {

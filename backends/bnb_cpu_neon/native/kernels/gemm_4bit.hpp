@@ -12,7 +12,7 @@
 namespace bnb {
 
 /// Floats of scratch memory that `gemm_4bit` needs for M rows of x.
-int64_t gemm_4bit_scratch(DType dtype, int64_t M, int64_t K);
+int64_t gemm_4bit_scratch(int64_t M, int64_t K);
 
 /// Fills y [M, N] with x [M, K] times the transposed weight [N, K], plus `bias` [N] unless that is null.
 void gemm_4bit(
@@ -34,7 +34,7 @@ struct Experts {
 };
 
 /// Floats of scratch memory that `grouped_gemm_4bit` needs.
-int64_t grouped_gemm_4bit_scratch(DType dtype, int64_t tokens, int64_t K);
+int64_t grouped_gemm_4bit_scratch(int64_t tokens, int64_t K);
 
 /// Fills y [tokens, N] with each row of x [tokens, K] times the transposed weight of its expert.
 void grouped_gemm_4bit(

@@ -13,7 +13,7 @@ void for_each_expert(const Experts &experts, int64_t elements, const Multiply &m
         const int64_t first = experts.offsets[expert], tokens = experts.offsets[expert + 1] - first;
         Packed4bit weight = experts.weights;
         weight.codes += expert * bytes;
-        weight.scales.first = expert * blocks;
+        weight.scales = weight.scales.from(expert * blocks);
         if (tokens > 0) multiply(first, tokens, weight);
     }
 }
@@ -30,8 +30,8 @@ void *row(void *x, int64_t number, int64_t columns) {
 
 }  // namespace
 
-int64_t grouped_gemm_4bit_scratch(DType dtype, int64_t tokens, int64_t K) {
-    return std::max(gemm_4bit_scratch(dtype, 1, K), gemm_4bit_scratch(dtype, tokens, K));
+int64_t grouped_gemm_4bit_scratch(int64_t tokens, int64_t K) {
+    return gemm_4bit_scratch(std::max<int64_t>(tokens, 2), K);
 }
 
 void grouped_gemm_4bit(

@@ -143,7 +143,7 @@ bool absorb(Coefficients &, const float *, long) {
 /// Applies a rule to some vectors of elements at a time. `load(state, i)` gives four values of a state, `store(state, i, values)` takes
 /// those after the step.
 template <class Rule, int vectors, bool decays, class Load, class Store>
-inline __attribute__((always_inline)) void update(
+BNB_INLINE inline void update(
     const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, const Load &load, const Store &store,
     int64_t n) {
     const Rule rule{coefficients};

@@ -35,15 +35,15 @@ class Bisection {
 
     /// The codes of 16 scaled values, none of them NaN.
     template <class T>
-    uint8x16_t operator()(const T *x, float scale) const {
+    BNB_INLINE uint8x16_t operator()(const T *x, float scale) const {
         uint8x16_t offsets[4];
-        for (int i = 0; i < 4; ++i) offsets[i] = search(vmulq_n_f32(load4(x + 4 * i), scale));
+        unroll<4>([&](auto i) BNB_INLINE { offsets[i] = search(vmulq_n_f32(load4(x + 4 * i), scale)); });
         const uint8x16_t ranks = vuzp1q_u8(vuzp1q_u8(offsets[0], offsets[1]), vuzp1q_u8(offsets[2], offsets[3]));
         return vqtbl1q_u8(codes_, vshrq_n_u8(ranks, 2));
     }
 
   private:
-    uint8x16_t search(float32x4_t s) const {
+    BNB_INLINE uint8x16_t search(float32x4_t s) const {
         uint32x4_t offsets = vdupq_n_u32(0x03020100);
         const uint32x4_t above = vcgtq_f32(s, middle_);
         offsets = advance(offsets, above, 8);
@@ -56,9 +56,9 @@ class Bisection {
         return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(offsets)));
     }
 
-    /// Adds `ranks` where the mask is all ones, which is -1.
-    static uint32x4_t advance(uint32x4_t offsets, uint32x4_t mask, uint32_t ranks) {
-        return vmlsq_u32(offsets, mask, vdupq_n_u32(ranks * 0x04040404));
+    /// Adds `ranks`, a power of two that is not in the offsets yet, where the other mask is all ones.
+    static uint32x4_t advance(uint32x4_t offsets, uint32x4_t above, uint32_t ranks) {
+        return select_bits(vdupq_n_u32(ranks * 0x04040404), above, offsets);
     }
 
     uint8x16_t codes_;
@@ -69,26 +69,37 @@ class Bisection {
 /// Packs the codes of 32 elements.
 template <class T>
 inline void quantize_step(const Bisection &codes_of, const T *x, float scale, uint8_t *packed) {
-    const uint8x16_t first = codes_of(x, scale), second = codes_of(x + 16, scale);
+    uint8x16_t first = codes_of(x, scale);
+    load_after(first, x);
+    const uint8x16_t second = codes_of(x + 16, scale);
     vst1q_u8(packed, put_above<4>(vuzp2q_u8(first, second), vuzp1q_u8(first, second)));
 }
 
+/// Packs the codes of a block, of which n elements are left.
 template <class T>
-void quantize_block(const Bisection &codes_of, uint8_t zero_pair, const T *x, int64_t n, uint8_t *packed, float *absmax) {
-    *absmax = largest_magnitude(x, n);
-    if (!std::isfinite(*absmax)) {  // scaled values are 0 or NaN
-        std::memset(packed, zero_pair, static_cast<std::size_t>(n + 1) / 2);
-        return;
-    }
-    const float scale = block_scale(*absmax);
-    int64_t i = 0;
-    for (; i + packed_step <= n; i += packed_step) quantize_step(codes_of, x + i, scale, packed + i / 2);
-    if (i < n) {
-        T rest[packed_step] = {};  // the nibble that an odd n leaves over holds the code of 0
-        uint8_t bytes[packed_step / 2];
-        std::memcpy(rest, x + i, static_cast<std::size_t>(n - i) * sizeof(T));
-        quantize_step(codes_of, rest, scale, bytes);
-        std::memcpy(packed + i / 2, bytes, static_cast<std::size_t>(n - i + 1) / 2);
+void quantize_rest(const Bisection &codes_of, const T *x, int64_t n, float scale, uint8_t *packed) {
+    T rest[packed_step] = {};  // the nibble that an odd n leaves over holds the code of 0
+    uint8_t bytes[packed_step / 2];
+    std::memcpy(rest, x, static_cast<std::size_t>(n) * sizeof(T));
+    quantize_step(codes_of, rest, scale, bytes);
+    std::memcpy(packed, bytes, static_cast<std::size_t>(n + 1) / 2);
+}
+
+/// Quantizes n elements, of which the last block may be shorter. Takes copies, which no store to `packed` can change.
+template <class T>
+void quantize_blocks(
+    const Bisection codes_of, uint8_t zero_pair, const T *x, int64_t n, int64_t blocksize, uint8_t *packed, float *absmax) {
+    for (; n > 0; n -= blocksize, x += blocksize, packed += blocksize / 2, ++absmax) {
+        const int64_t count = std::min(n, blocksize);
+        *absmax = largest_magnitude(x, count);
+        if (!std::isfinite(*absmax)) {  // scaled values are 0 or NaN
+            std::memset(packed, zero_pair, static_cast<std::size_t>(count + 1) / 2);
+            continue;
+        }
+        const float scale = block_scale(*absmax);
+        int64_t i = 0;
+        for (; i + packed_step <= count; i += packed_step) quantize_step(codes_of, x + i, scale, packed + i / 2);
+        if (i < count) quantize_rest(codes_of, x + i, count - i, scale, packed + i / 2);
     }
 }
 
@@ -103,10 +114,8 @@ void quantize_4bit(
     with_type(dtype, [&](auto element) {
         const auto *values = static_cast<const decltype(element) *>(x);
         parallel_for(threads, blocks, std::max<int64_t>(1, grain / blocksize), [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t start = block * blocksize;
-                quantize_block(codes_of, zero_pair, values + start, std::min(blocksize, n - start), packed + start / 2, absmax + block);
-            }
+            const int64_t start = begin * blocksize, count = std::min(n, end * blocksize) - start;
+            quantize_blocks(codes_of, zero_pair, values + start, count, blocksize, packed + start / 2, absmax + begin);
         });
     });
 }

@@ -28,6 +28,12 @@ struct Tiles {
     float *at(int64_t m, int64_t column) const { return memory + m * columns + column * 4 * vectors(m); }
 };
 
+/// The columns of four rows of four.
+inline float32x4x4_t transpose(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
+    const float32x4_t ac0 = vzip1q_f32(a, c), ac1 = vzip2q_f32(a, c), bd0 = vzip1q_f32(b, d), bd1 = vzip2q_f32(b, d);
+    return {{vzip1q_f32(ac0, bd0), vzip2q_f32(ac0, bd0), vzip1q_f32(ac1, bd1), vzip2q_f32(ac1, bd1)}};
+}
+
 /// Fills the tiles with rows of x; rows that are missing in the last one are zeros.
 template <class T>
 void fill_tiles(const Tiles &tiles, const T *x, int threads) {
@@ -39,29 +45,15 @@ void fill_tiles(const Tiles &tiles, const T *x, int threads) {
             int64_t k = 0;
             for (; rows == 4 && k + 4 <= columns; k += 4) {
                 const T *from = x + m * columns + k;
-                const float32x4_t a = load4(from), b = load4(from + columns), c = load4(from + 2 * columns), d = load4(from + 3 * columns);
-                const float32x4_t ac0 = vzip1q_f32(a, c), ac1 = vzip2q_f32(a, c), bd0 = vzip1q_f32(b, d), bd1 = vzip2q_f32(b, d);
-                vst1q_f32(to + k * stride, vzip1q_f32(ac0, bd0));
-                vst1q_f32(to + (k + 1) * stride, vzip2q_f32(ac0, bd0));
-                vst1q_f32(to + (k + 2) * stride, vzip1q_f32(ac1, bd1));
-                vst1q_f32(to + (k + 3) * stride, vzip2q_f32(ac1, bd1));
+                const float32x4x4_t four =
+                    transpose(load4(from), load4(from + columns), load4(from + 2 * columns), load4(from + 3 * columns));
+                unroll<4>([&](auto i) BNB_INLINE { vst1q_f32(to + (k + i) * stride, four.val[i]); });
             }
             for (; k < columns; ++k) {
                 for (int64_t row = 0; row < 4; ++row) to[k * stride + row] = row < rows ? load1(x + (m + row) * columns + k) : 0.0f;
             }
         }
     });
-}
-
-/// The n values of x in float32: x itself, or a copy in `scratch`.
-inline const float *to_floats(const float *x, int64_t, float *) { return x; }
-
-template <class T>
-const float *to_floats(const T *x, int64_t n, float *scratch) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(scratch + i, load4(x + i));
-    for (; i < n; ++i) scratch[i] = load1(x + i);
-    return scratch;
 }
 
 }  // namespace bnb

@@ -15,7 +15,7 @@ _FLOAT = 4
 
 
 def _gemm_scratch(call: Call) -> int:
-    return _FLOAT * int(engine.native.gemm_4bit_scratch(DTYPES[call.x.dtype], call.x.numel() // call.K, call.K))
+    return _FLOAT * int(engine.native.gemm_4bit_scratch(call.x.numel() // call.K, call.K))
 
 
 def _gemm_transposed_scratch(call: Call) -> int:
@@ -23,7 +23,7 @@ def _gemm_transposed_scratch(call: Call) -> int:
 
 
 def _grouped_scratch(call: Call) -> int:
-    return _FLOAT * int(engine.native.grouped_gemm_4bit_scratch(DTYPES[call.x.dtype], call.x.shape[0], call.K))
+    return _FLOAT * int(engine.native.grouped_gemm_4bit_scratch(call.x.shape[0], call.K))
 
 
 @kernel("gemm_4bit", scratch=_gemm_scratch)

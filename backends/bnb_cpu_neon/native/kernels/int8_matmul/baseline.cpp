@@ -30,7 +30,7 @@ void multiply(const int8_t *packed, Rows right, int64_t K, Sums sums) {
             int32x4_t sum[part][part];
             for (auto &row : sum)
                 for (int32x4_t &four : row) four = vdupq_n_s32(0);
-            for_columns(K, [&](int64_t k, int64_t column) __attribute__((always_inline)) {
+            for_columns(K, [&](int64_t k, int64_t column) BNB_INLINE {
                 int8x16_t x[part];
                 for (int i = 0; i < part; ++i) x[i] = vld1q_s8(packed + (top + i) * stride + k);
                 for (int j = 0; j < part; ++j) {
@@ -47,7 +47,7 @@ template <bool full_range>
 void multiply_row(const int8_t *left, Rows right, int64_t K, int32_t *sums) {
     int32x4_t sum[tile_size];
     for (int32x4_t &four : sum) four = vdupq_n_s32(0);
-    for_columns(K, [&](int64_t k, int64_t column) __attribute__((always_inline)) {
+    for_columns(K, [&](int64_t k, int64_t column) BNB_INLINE {
         const int8x16_t x = load_left(left, K, k);
         for (int j = 0; j < tile_size; ++j) sum[j] = add_products<full_range>(sum[j], x, vld1q_s8(right[j] + column));
     });

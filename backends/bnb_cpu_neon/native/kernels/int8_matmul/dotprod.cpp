@@ -26,10 +26,10 @@ void pack(Rows rows, int64_t K, int8_t *packed) {
 void multiply(const int8_t *packed, Rows right, int64_t K, Sums sums) {
     int32x4_t low[tile_size], high[tile_size];  // by row on the right: sums of rows 0 to 3 and 4 to 7 on the left
     for (int j = 0; j < tile_size; ++j) low[j] = high[j] = vdupq_n_s32(0);
-    for_columns(K, [&](int64_t, int64_t column) __attribute__((always_inline)) {
+    for_columns(K, [&](int64_t, int64_t column) BNB_INLINE {
         int8x16_t w[tile_size];
         for (int j = 0; j < tile_size; ++j) w[j] = vld1q_s8(right[j] + column);
-        const auto step = [&](int32x4_t(&sum)[tile_size]) __attribute__((always_inline)) {
+        const auto step = [&](int32x4_t(&sum)[tile_size]) BNB_INLINE {
             const int8x16_t x0 = vld1q_s8(packed), x1 = vld1q_s8(packed + 16), x2 = vld1q_s8(packed + 32), x3 = vld1q_s8(packed + 48);
             for (int j = 0; j < tile_size; ++j) sum[j] = vdotq_laneq_s32(sum[j], x0, w[j], 0);
             for (int j = 0; j < tile_size; ++j) sum[j] = vdotq_laneq_s32(sum[j], x1, w[j], 1);
@@ -55,7 +55,7 @@ void multiply(const int8_t *packed, Rows right, int64_t K, Sums sums) {
 void multiply_row_dotprod(const int8_t *left, Rows right, int64_t K, int32_t *sums) {
     int32x4_t sum[tile_size];
     for (int j = 0; j < tile_size; ++j) sum[j] = vdupq_n_s32(0);
-    for_columns(K, [&](int64_t k, int64_t column) __attribute__((always_inline)) {
+    for_columns(K, [&](int64_t k, int64_t column) BNB_INLINE {
         const int8x16_t x = load_left(left, K, k);
         for (int j = 0; j < tile_size; ++j) sum[j] = vdotq_s32(sum[j], x, vld1q_s8(right[j] + column));
     });

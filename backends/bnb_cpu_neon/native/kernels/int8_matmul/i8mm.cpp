@@ -41,7 +41,7 @@ void multiply(const int8_t *packed, Rows right, int64_t K, Sums sums) {
     int32x4_t sum[pairs][pairs];  // two rows on the left by two on the right
     for (auto &row : sum)
         for (int32x4_t &four : row) four = vdupq_n_s32(0);
-    for_columns(K, [&](int64_t, int64_t column) __attribute__((always_inline)) {
+    for_columns(K, [&](int64_t, int64_t column) BNB_INLINE {
         int8x16_t low[pairs], high[pairs];
         for (int j = 0; j < pairs; ++j) {
             const int8x16_t a = vld1q_s8(right[2 * j] + column), b = vld1q_s8(right[2 * j + 1] + column);

@@ -53,7 +53,7 @@ inline int8x16_t load_left(const int8_t *row, int64_t K, int64_t k) {
 
 /// Calls `step(k, column)` for each 16 packed columns from k on, which are those from `column` on in the rows on the right.
 template <class Step>
-inline __attribute__((always_inline)) void for_columns(int64_t K, const Step &step) {
+BNB_INLINE inline void for_columns(int64_t K, const Step &step) {
     int64_t k = 0;
     for (; k + 2 * columns_step <= K; k += 2 * columns_step) {
         step(k, k);
