@@ -57,12 +57,17 @@ Codebook256::Codebook256(const float *entries) {
     }
 }
 
-uint32x4_t Codebook256::compare_again(float32x4_t s, uint32x4_t ranks) const {
-    float32x4_t next = vdupq_n_f32(midpoints_[vgetq_lane_u32(ranks, 0)]);
-    next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks, 1)], next, 1);
-    next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks, 2)], next, 2);
-    next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks, 3)], next, 3);
-    return vsubq_u32(ranks, vcgtq_f32(s, next));
+uint32x4x4_t Codebook256::compare_again(float32x4x4_t s, uint32x4x4_t ranks) const {
+    for (int comparison = 1; comparison < comparisons_; ++comparison) {
+        for (int i = 0; i < 4; ++i) {
+            float32x4_t next = vdupq_n_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 0)]);
+            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 1)], next, 1);
+            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 2)], next, 2);
+            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 3)], next, 3);
+            ranks.val[i] = vsubq_u32(ranks.val[i], vcgtq_f32(s.val[i], next));
+        }
+    }
+    return ranks;
 }
 
 uint8x16_t Codebook256::codes_of(uint8x16_t ranks) const {

@@ -28,11 +28,12 @@ class Codebook256 {
     uint8_t code_of_zero() const { return code_of_zero_; }
 
     /// The codes of 16 values, finite and of magnitude below 2.
-    uint8x16_t nearest(const float32x4x4_t &s) const {
-        uint32x4_t ranks[4];
-        for (int i = 0; i < 4; ++i) ranks[i] = rank(s.val[i]);
-        const uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(ranks[0]), vreinterpretq_u16_u32(ranks[1]));
-        const uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_u32(ranks[2]), vreinterpretq_u16_u32(ranks[3]));
+    BNB_INLINE uint8x16_t nearest(const float32x4x4_t &s) const {
+        uint32x4x4_t ranks;
+        unroll<4>([&](auto i) BNB_INLINE { ranks.val[i] = rank(s.val[i]); });
+        if (comparisons_ > 1) ranks = compare_again(s, ranks);
+        const uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(ranks.val[0]), vreinterpretq_u16_u32(ranks.val[1]));
+        const uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_u32(ranks.val[2]), vreinterpretq_u16_u32(ranks.val[3]));
         const uint8x16_t bytes = vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
         return ranks_are_codes_ ? bytes : codes_of(bytes);
     }
@@ -53,21 +54,20 @@ class Codebook256 {
     static constexpr int sign_bit = 11;
     static constexpr std::size_t buckets = 2 << sign_bit;
 
-    uint32x4_t rank(float32x4_t s) const {
+    /// The ranks of four values, or less where a bucket holds several midpoints.
+    BNB_INLINE uint32x4_t rank(float32x4_t s) const {
         const uint32x4_t bits = vreinterpretq_u32_f32(s);
         const uint32x4_t magnitude = vqsubq_u32(vshlq_n_u32(bits, 1), vdupq_n_u32(lowest_bits << 1));
         const uint32x4_t number = put_above<sign_bit>(vshrq_n_u32(magnitude, mantissa_shift + 1), vshrq_n_u32(bits, 31));
         const uint32x4_t first = vcombine_u32(bucket(vgetq_lane_u32(number, 0)), bucket(vgetq_lane_u32(number, 1)));
         const uint32x4_t second = vcombine_u32(bucket(vgetq_lane_u32(number, 2)), bucket(vgetq_lane_u32(number, 3)));
-        uint32x4_t ranks = vuzp2q_u32(first, second);
-        ranks = vsubq_u32(ranks, vcgtq_f32(s, vreinterpretq_f32_u32(vuzp1q_u32(first, second))));
-        for (int step = 1; step < comparisons_; ++step) ranks = compare_again(s, ranks);
-        return ranks;
+        const float32x4_t midpoints = vreinterpretq_f32_u32(vuzp1q_u32(first, second));
+        return vsubq_u32(vuzp2q_u32(first, second), vcgtq_f32(s, midpoints));
     }
 
     uint32x2_t bucket(uint32_t number) const { return vld1_u32(reinterpret_cast<const uint32_t *>(&buckets_[number])); }
 
-    uint32x4_t compare_again(float32x4_t s, uint32x4_t ranks) const;
+    uint32x4x4_t compare_again(float32x4x4_t s, uint32x4x4_t ranks) const;
     uint8x16_t codes_of(uint8x16_t ranks) const;
 
     std::array<float, 256> entries_;

@@ -16,7 +16,7 @@ constexpr int64_t grain = 1 << 14;
 constexpr int64_t step = 16;
 
 template <class T>
-inline uint8x16_t quantize_step(const Codebook256 &codebook, const T *x, float scale) {
+BNB_INLINE inline uint8x16_t quantize_step(const Codebook256 &codebook, const T *x, float scale) {
     return codebook.nearest({{vmulq_n_f32(load4(x), scale), vmulq_n_f32(load4(x + 4), scale), vmulq_n_f32(load4(x + 8), scale),
                               vmulq_n_f32(load4(x + 12), scale)}});
 }
