@@ -57,7 +57,41 @@ inline uint16x4_t narrow_to_half(float32x4_t values) {
 #endif
 }
 
-// SIMDe lacks these two: `low` with the bits of `high`, shifted left by n, above its own n lowest.
+/// a / b, rounded as IEEE says; SIMDe lacks this and the next two.
+inline float32x4_t divide(float32x4_t a, float32x4_t b) {
+#if defined(__aarch64__)
+    return vdivq_f32(a, b);
+#else
+    return simde_float32x4_from_private([&] {
+        simde_float32x4_private x = simde_float32x4_to_private(a), y = simde_float32x4_to_private(b);
+        x.m128 = _mm_div_ps(x.m128, y.m128);
+        return x;
+    }());
+#endif
+}
+
+inline float32x4_t square_root(float32x4_t a) {
+#if defined(__aarch64__)
+    return vsqrtq_f32(a);
+#else
+    return simde_float32x4_from_private([&] {
+        simde_float32x4_private x = simde_float32x4_to_private(a);
+        x.m128 = _mm_sqrt_ps(x.m128);
+        return x;
+    }());
+#endif
+}
+
+/// The nearest integers, halves to even; 0 for NaN.
+inline int32x4_t nearest_integers(float32x4_t a) {
+#if defined(__aarch64__)
+    return vcvtnq_s32_f32(a);
+#else
+    return vcvtq_s32_f32(vrndnq_f32(a));
+#endif
+}
+
+// SIMDe lacks these two as well: `low` with the bits of `high`, shifted left by n, above its own n lowest.
 
 template <int n>
 inline uint8x16_t put_above(uint8x16_t low, uint8x16_t high) {

@@ -1,8 +1,6 @@
 /// How a codebook of 256 entries is prepared, and kept.
 #include "kernels/codebook256.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <deque>
 #include <limits>
@@ -13,69 +11,65 @@
 namespace bnb {
 namespace {
 
-float float_of(uint32_t bits) {
+float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+constexpr uint32_t infinity_bucket = 0x7f80;  // without its sign; NaN is above
 
 }  // namespace
 
 Codebook256::Codebook256(const float *entries) {
     std::copy(entries, entries + 256, entries_.begin());
     const Ranked<256> ranked(entries);
-    code_of_zero_ = ranked.code_of_zero();
+    code_of_rank_ = ranked.code_of_rank;
+    std::copy(ranked.midpoints.begin(), ranked.midpoints.end(), midpoints_.begin());
+    midpoints_[255] = std::numeric_limits<float>::infinity();
+    rank_of_zero_ = rank_from(0, 0.0f);
 
-    // Equal midpoints are passed together, so each is kept once. One that is NaN is never below anything.
-    constexpr float infinity = std::numeric_limits<float>::infinity();
-    midpoints_.fill(infinity);
-    code_of_rank_.fill(0);
-    std::size_t distinct = 0, passed = 0;
-    code_of_rank_[0] = ranked.code_of_rank[0];
-    for (const float midpoint : ranked.midpoints) {
-        if (std::isnan(midpoint)) continue;
-        if (distinct == 0 || midpoint != midpoints_[distinct - 1]) midpoints_[distinct++] = midpoint;
-        code_of_rank_[distinct] = ranked.code_of_rank[++passed];
-    }
-    ranks_are_codes_ = true;
-    for (std::size_t rank = 0; rank <= distinct; ++rank) ranks_are_codes_ = ranks_are_codes_ && code_of_rank_[rank] == rank;
-
-    comparisons_ = 1;
-    const auto begin = midpoints_.begin(), end = begin + static_cast<std::ptrdiff_t>(distinct);
-    for (uint32_t number = 0; number < buckets; ++number) {
-        const uint32_t offset = number & ((1u << sign_bit) - 1);
-        float smallest = offset ? float_of(lowest_bits + (offset << mantissa_shift)) : 0.0f;
-        float largest = float_of(lowest_bits + ((offset + 1) << mantissa_shift) - 1);
-        if (number >> sign_bit) {
-            std::swap(smallest, largest);
-            smallest = -smallest;
-            largest = -largest;
+    std::array<uint8_t, 1 << 16> first_ranks;
+    uint32_t first = rank_of_zero_, last = rank_of_zero_;
+    for (uint32_t bucket = 0; bucket < buckets_.size(); ++bucket) {
+        const bool negative = bucket >> 15, is_infinity = (bucket & 0x7fff) == infinity_bucket;
+        if ((bucket & 0x7fff) > infinity_bucket) {
+            first_ranks[bucket] = static_cast<uint8_t>(rank_of_zero_);
+            buckets_[bucket] = code_of_zero() * 0x01010000u;
+            continue;
         }
-        const auto first = std::lower_bound(begin, end, smallest), last = std::lower_bound(begin, end, largest);
-        buckets_[number] = {first == end ? infinity : *first, static_cast<uint32_t>(first - begin)};
-        comparisons_ = std::max(comparisons_, static_cast<int>(last - first));
-    }
-}
-
-uint32x4x4_t Codebook256::compare_again(float32x4x4_t s, uint32x4x4_t ranks) const {
-    for (int comparison = 1; comparison < comparisons_; ++comparison) {
-        for (int i = 0; i < 4; ++i) {
-            float32x4_t next = vdupq_n_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 0)]);
-            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 1)], next, 1);
-            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 2)], next, 2);
-            next = vsetq_lane_f32(midpoints_[vgetq_lane_u32(ranks.val[i], 3)], next, 3);
-            ranks.val[i] = vsubq_u32(ranks.val[i], vcgtq_f32(s.val[i], next));
+        // The bucket's values that are least and greatest in magnitude.
+        const uint32_t small = bucket << 16, large = is_infinity ? small : small | 0xffff;
+        first = rank_from(first, from_bits(negative ? large : small));
+        last = rank_from(last, from_bits(negative ? small : large));
+        first_ranks[bucket] = static_cast<uint8_t>(first);
+        const uint32_t low = code_of_rank_[first], high = code_of_rank_[last];
+        const uint32_t midpoint = to_bits(midpoints_[first]) & 0xffff;
+        if (is_infinity) {  // with any lower bit it is NaN
+            buckets_[bucket] = uint32_t{code_of_zero()} << 24 | low << 16;
+        } else if (first == last) {
+            buckets_[bucket] = low * 0x01010000u;
+        } else if (midpoints_[first] != midpoints_[last - 1]) {
+            isolated_ = false;
+        } else if (negative) {  // larger bits are smaller values, and the midpoint itself belongs to the smaller ones
+            buckets_[bucket] = low << 24 | high << 16 | (midpoint - 1);
+        } else {
+            buckets_[bucket] = high << 24 | low << 16 | midpoint;
         }
     }
-    return ranks;
+    if (!isolated_) std::copy(first_ranks.begin(), first_ranks.end(), buckets_.begin());
 }
 
-uint8x16_t Codebook256::codes_of(uint8x16_t ranks) const {
-    uint8x16_t codes = vdupq_n_u8(0);
-    for (int quarter = 0; quarter < 4; ++quarter) {  // a table instruction takes 64 bytes, and passes over what is beyond them
-        codes = vqtbx4q_u8(codes, vld1q_u8_x4(code_of_rank_.data() + 64 * quarter), vsubq_u8(ranks, vdupq_n_u8(64 * quarter)));
-    }
-    return codes;
+uint32_t Codebook256::rank_from(uint32_t rank, float value) const {
+    while (midpoints_[rank] < value && rank < 255) ++rank;
+    while (rank > 0 && !(midpoints_[rank - 1] < value)) --rank;
+    return rank;
 }
 
 std::shared_ptr<const Codebook256> Codebook256::of(const float *entries) {
