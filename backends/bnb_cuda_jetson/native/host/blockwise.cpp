@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace bnb {
+
+void bind_blockwise(nanobind::module_&) {}
+
+}  // namespace bnb

@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace bnb {
+
+void bind_gemm_4bit(nanobind::module_&) {}
+
+}  // namespace bnb

@@ -1,0 +1,1 @@
+"""Kernels of 4-bit matrix products."""
