@@ -1,9 +1,11 @@
 // 4-bit quantization: quantize_4bit and dequantize_4bit.
 #include "floats.cuh"
+#include "nearest_code.cuh"
+#include "quantize_blocks.cuh"
 #include "scales.cuh"
 
-constexpr int kElementsPerThread = 8;  // four bytes of codes
-constexpr int kTilesAtOnce = 4;        // loads in flight of each thread
+constexpr int kThreads = 256;    // of dequantize
+constexpr int kTilesAtOnce = 4;  // tiles of eight elements a thread: loads in flight of each thread
 
 template <class T>
 __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, const float* codebook, int blocksize_shift, int64 n) {
@@ -11,47 +13,38 @@ __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, co
   __shared__ float table[16];
   if (threadIdx.x < 16) table[threadIdx.x] = codebook[threadIdx.x];
   __syncthreads();
-  const int64 tile = int64(blockDim.x) * kElementsPerThread;
-  const bool aligned = reinterpret_cast<size_t>(packed) % 4 == 0 && reinterpret_cast<size_t>(out) % 16 == 0;
-  for (int64 start = blockIdx.x * tile * kTilesAtOnce; start < n; start += gridDim.x * tile * kTilesAtOnce) {
+  const bool by_eight = reinterpret_cast<size_t>(packed) % 4 == 0 && reinterpret_cast<size_t>(out) % 16 == 0;
+  const int64 end = by_eight ? n / 8 * 8 : 0;
+  const int64 tile = int64(kThreads) * 8;
+  for (int64 start = blockIdx.x * tile * kTilesAtOnce; start < end; start += gridDim.x * tile * kTilesAtOnce) {
     uint32 codes[kTilesAtOnce];
     float scale[kTilesAtOnce];
 #pragma unroll
     for (int i = 0; i < kTilesAtOnce; ++i) {
-      const int64 at = start + i * tile + threadIdx.x * kElementsPerThread;
-      codes[i] = 0;
-      if (at + kElementsPerThread <= n && aligned) {
-        codes[i] = *reinterpret_cast<const uint32*>(packed + at / 2);
-      } else {
-        for (int j = 0; j < 4; ++j) {
-          if (at + 2 * j < n) codes[i] |= uint32(packed[at / 2 + j]) << (8 * j);
-        }
-      }
-      scale[i] = at < n ? scales[at >> blocksize_shift] : 0.0f;
+      const int64 at = min(start + i * tile + threadIdx.x * 8, end - 8);
+      codes[i] = *reinterpret_cast<const uint32*>(packed + at / 2);
+      scale[i] = scales[at >> blocksize_shift];
     }
 #pragma unroll
     for (int i = 0; i < kTilesAtOnce; ++i) {
-      const int64 at = start + i * tile + threadIdx.x * kElementsPerThread;
+      const int64 at = start + i * tile + threadIdx.x * 8;
       float values[8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         values[2 * j] = __fmul_rn(table[codes[i] >> (8 * j + 4) & 15], scale[i]);
         values[2 * j + 1] = __fmul_rn(table[codes[i] >> (8 * j) & 15], scale[i]);
       }
-      if (at + kElementsPerThread <= n && aligned) {
-        store_eight(out + at, values);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (at + j < n) out[at + j] = from_float<T>(values[j]);
-        }
-      }
+      if (at < end) store_eight(out + at, values);
     }
+  }
+  for (int64 at = end + int64(blockIdx.x) * kThreads + threadIdx.x; at < n; at += int64(gridDim.x) * kThreads) {
+    const int code = packed[at / 2] >> (at % 2 ? 0 : 4) & 15;
+    out[at] = from_float<T>(__fmul_rn(table[code], scales[at >> blocksize_shift]));
   }
 }
 
 #define DEQUANTIZE_4BIT(name, T)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256)                                                                         \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                                         \
       dequantize_4bit_##name(T* out, const uint8* packed, Scales scales, const float* codebook, int blocksize_shift, int64 n) { \
     dequantize(out, packed, scales, codebook, blocksize_shift, n);                                                          \
   }
@@ -59,3 +52,32 @@ __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, co
 DEQUANTIZE_4BIT(float32, float)
 DEQUANTIZE_4BIT(float16, __half)
 DEQUANTIZE_4BIT(bfloat16, __nv_bfloat16)
+
+template <class T>
+__device__ void quantize(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {
+  __shared__ NearestCode4bit table;
+  table.build(codebook);
+  const bool aligned = reinterpret_cast<size_t>(packed) % 4 == 0;
+  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&codes)[8]) {
+    uint32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word |= (codes[2 * i] << 4 | codes[2 * i + 1]) << (8 * i);
+    if (at + 8 <= n && aligned) {
+      *reinterpret_cast<uint32*>(packed + at / 2) = word;
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        if (at + 2 * i < n) packed[at / 2 + i] = word >> (8 * i);
+      }
+    }
+  });
+}
+
+#define QUANTIZE_4BIT(name, T)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads)                                                        \
+      quantize_4bit_##name(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) { \
+    quantize(packed, absmax, x, codebook, blocksize_shift, n);                                                          \
+  }
+
+QUANTIZE_4BIT(float32, float)
+QUANTIZE_4BIT(float16, __half)
+QUANTIZE_4BIT(bfloat16, __nv_bfloat16)

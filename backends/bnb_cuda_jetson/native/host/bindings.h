@@ -7,6 +7,7 @@ namespace bnb {
 
 void bind_blockwise(nanobind::module_& module);
 void bind_four_bit(nanobind::module_& module);
+void bind_embedding(nanobind::module_& module);
 void bind_gemm_4bit(nanobind::module_& module);
 void bind_int8(nanobind::module_& module);
 void bind_optimizer(nanobind::module_& module);

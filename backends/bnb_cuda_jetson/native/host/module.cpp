@@ -26,6 +26,7 @@ NB_MODULE(_native, module) {
   module.def("device", &bnb::device, nb::arg("ordinal"), nb::rv_policy::reference, "What is known of a device.");
   bnb::bind_blockwise(module);
   bnb::bind_four_bit(module);
+  bnb::bind_embedding(module);
   bnb::bind_gemm_4bit(module);
   bnb::bind_int8(module);
   bnb::bind_optimizer(module);

@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 backend = Backend("jetson", api_version=(1, 0), priority=100, available=available, description=describe)
 
 # The kernels register themselves on `backend`.
-from bnb_cuda_jetson import blockwise, four_bit, gemm_4bit, int8, optimizer  # noqa: E402
+from bnb_cuda_jetson import blockwise, embedding, four_bit, gemm_4bit, int8, optimizer  # noqa: E402
 from bnb_cuda_jetson.errors import CudaError  # noqa: E402
 
-__all__ = ["CudaError", "backend", "blockwise", "four_bit", "gemm_4bit", "int8", "optimizer"]
+__all__ = ["CudaError", "backend", "blockwise", "embedding", "four_bit", "gemm_4bit", "int8", "optimizer"]
 
 
 @hookimpl
