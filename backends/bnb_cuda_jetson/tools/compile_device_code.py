@@ -70,7 +70,13 @@ def compile_source(source: Path, architecture: int, compiler: Compiler) -> bytes
     nvrtc = ctypes.CDLL(str(found[0]))
     program = ctypes.c_void_p()
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, None, None))
-    options = [*OPTIONS, f"--gpu-architecture=sm_{architecture}", f"-I{source.parent}", *(f"-I{header}" for header in headers)]
+    options = [
+        *OPTIONS,
+        f"--gpu-architecture=sm_{architecture}",
+        f"-I{source.parent}",
+        f"-I{source.parent.parent / 'shared'}",
+        *(f"-I{header}" for header in headers),
+    ]
     result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*(o.encode() for o in options)))
     log = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode()
     if result:

@@ -18,7 +18,7 @@ struct NearestCode {
 
   uint32 buckets[kSharedBuckets];
   float midpoints[kEntries];  // one fewer is used
-  float values[kEntries];     // by rank
+  float values[kEntries];     // the codebook: by code
   uint8 codes[kEntries];      // by rank
   bool sorted;                // codes are ranks
   bool is_signed;             // a midpoint is negative
@@ -36,14 +36,14 @@ struct NearestCode {
         rank = 0;
         for (int i = 0; i < kEntries; ++i) rank += codebook[i] < value || (codebook[i] == value && i < thread);
       }
-      values[rank] = value;
+      values[thread] = value;
       codes[rank] = thread;
     }
     __syncthreads();
     bool negative = false;
     if (thread + 1 < kEntries) {
       // The sum with zero makes a negative zero positive: the order of the bits is then that of the values.
-      const float midpoint = __fadd_rn(__fmul_rn(__fadd_rn(values[thread], values[thread + 1]), 0.5f), 0.0f);
+      const float midpoint = __fadd_rn(__fmul_rn(__fadd_rn(values[codes[thread]], values[codes[thread + 1]]), 0.5f), 0.0f);
       midpoints[thread] = midpoint;
       negative = midpoint < 0.0f;
     }
