@@ -1,7 +1,184 @@
+// Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
+#include <algorithm>
+
+#include "arguments.h"
 #include "bindings.h"
+#include "launch.h"
 
 namespace bnb {
+namespace {
 
-void bind_gemm_4bit(nanobind::module_&) {}
+// The same struct as in native/device/weight_4bit.cuh.
+struct Weight4bit {
+  Address packed;
+  Scales scales;
+  Address codebook;
+  std::int64_t N;
+  std::int64_t K;
+  std::int64_t first_block = 0;
+  int blocksize_shift;
+  int unused = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------- any shape and alignment
+constexpr int kAnyRows = 32;  // tile of tiled_product.cuh
+constexpr int kAnyOutputs = 64;
+
+Kernel any_kernels[kDtypes] = {
+    {"gemm_4bit_any", "gemm_4bit_any_float32", 256},
+    {"gemm_4bit_any", "gemm_4bit_any_float16", 256},
+    {"gemm_4bit_any", "gemm_4bit_any_bfloat16", 256},
+};
+Kernel transposed_kernels[kDtypes] = {
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_float32", 256},
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_float16", 256},
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_bfloat16", 256},
+};
+
+constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
+
+// Rows of x are tiles in a grid's second dimension: as many launches as that needs.
+template <class Launch>
+void by_rows(std::int64_t rows, std::int64_t tile, Launch launch_rows) {
+  for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile) launch_rows(first, std::min(rows - first, kMostGridRows * tile));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- few rows of x
+// The kernels of gemm_4bit_few.cu.
+struct FewKernel {
+  int tokens;       // rows of x that it multiplies at a time
+  int warps[2];     // plain and nested
+  Kernel plain;
+  Kernel nested;
+
+  // table_words, scale_run: of the kernel's dot.
+  static constexpr unsigned shared_bytes(unsigned table_words, unsigned tokens, unsigned scale_run, unsigned warps, bool nested) {
+    const unsigned piece = 16 * 128 + 16 * (256 / scale_run + 1) * 4;
+    return 4 * (table_words + 2 * warps * 16 * tokens + (nested ? 256 : 0)) + warps * 3 * piece;
+  }
+
+  constexpr FewKernel(const char* plain_name, const char* nested_name, unsigned table_words, unsigned tokens, unsigned scale_run,
+                      unsigned plain_warps, unsigned nested_warps)
+      : tokens(static_cast<int>(tokens)),
+        warps{static_cast<int>(plain_warps), static_cast<int>(nested_warps)},
+        plain("gemm_4bit_few", plain_name, 32 * plain_warps, shared_bytes(table_words, tokens, scale_run, plain_warps, false)),
+        nested("gemm_4bit_few", nested_name, 32 * nested_warps, shared_bytes(table_words, tokens, scale_run, nested_warps, true)) {}
+};
+
+constexpr unsigned kPairTable = 256 * 32;
+constexpr unsigned kValueTable = 16 * 32;
+
+#define BNB_FEW(name, ...) \
+  { "gemm_4bit_few_" name, "gemm_4bit_few_" name "_nested", __VA_ARGS__ }
+#define BNB_SIXTEEN_BITS(name, ...) \
+  { BNB_FEW(name "_float16", kPairTable, __VA_ARGS__), BNB_FEW(name "_bfloat16", kPairTable, __VA_ARGS__) }
+
+// Of float16 and bfloat16, from sm_80 on.
+FewKernel one_row[2] = BNB_SIXTEEN_BITS("one", 1, 64, 16, 12);
+FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
+FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
+FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 12, 12);
+FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
+
+// Of float32, and before sm_80 of all three.
+#define BNB_SCALAR(name, tokens)                                                                                            \
+  {                                                                                                                         \
+    BNB_FEW(name "_float32", kValueTable, tokens, 32, 12, 12), BNB_FEW(name "_float16", kValueTable, tokens, 32, 12, 12),   \
+        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 12, 12)                                                          \
+  }
+FewKernel scalar_one[kDtypes] = BNB_SCALAR("scalar1", 1);
+FewKernel scalar_two[kDtypes] = BNB_SCALAR("scalar2", 2);
+
+bool has_tensor_cores(const Device& device, int dtype) { return device.architecture >= 80 && dtype != kFloat32; }
+
+FewKernel& few_kernel(const Device& device, int dtype, std::int64_t M, std::int64_t K, int blocksize_shift) {
+  if (!has_tensor_cores(device, dtype)) return M == 1 ? scalar_one[dtype] : scalar_two[dtype];
+  const int index = dtype - kFloat16;
+  if (blocksize_shift < 6 || K % 64) return small_blocks[index];
+  if (M == 1) return one_row[index];
+  return M <= 4 ? four_rows[index] : M <= 8 ? eight_rows[index] : sixteen_rows[index];
+}
+
+// Whether the kernels for few rows take the operands: they read 16 bytes at a time.
+bool fits_few(const Weight4bit& weight, Address x) {
+  return weight.K % 32 == 0 && weight.K < (std::int64_t(1) << 31) - 4096 && weight.packed % 16 == 0 && x % 16 == 0 &&
+         weight.scales.nested_shift >= 0;
+}
+
+// Warps that share a tile of 16 rows, as a power of two: so many that half of a multiprocessor's warps have work, whatever N is. A larger
+// share costs more for the exchange of sums than it gains.
+int split_shift(const Device& device, const Weight4bit& weight, int warps) {
+  const std::int64_t tiles = ceil_div(weight.N, 16), pieces = ceil_div(weight.K, 256);
+  int shift = 0;
+  while (shift < 4 && (2 << shift) <= pieces && warps % (2 << shift) == 0 && tiles * (3 << shift) < 16LL * device.multiprocessors) ++shift;
+  return shift;
+}
+
+void multiply_few(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M) {
+  FewKernel& few = few_kernel(call.device, dtype, M, weight.K, weight.blocksize_shift);
+  const bool nested = weight.scales.nested_absmax;
+  Kernel& kernel = nested ? few.nested : few.plain;
+  const int shift = split_shift(call.device, weight, few.warps[nested]);
+  launch(call, kernel, {blocks_for(call, kernel, ceil_div(weight.N, 16))}, out, x, weight, bias, M, shift);
+}
+
+// Rows up to which the kernels for few rows win over those for any shape.
+std::int64_t most_few(const Device& device, int dtype) { return has_tensor_cores(device, dtype) ? 1 << 30 : 8; }
+
+// ------------------------------------------------------------------------------------------------------------------ entry points
+void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
+               Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
+               Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
+  Call call("gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  if (fits_few(weight, x) && M <= most_few(call.device, dtype)) {
+    multiply_few(call, dtype, out, x, weight, bias, M);
+    return;
+  }
+  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
+  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(N, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
+    launch(call, any_kernels[dtype], grid, out + first * N * size, x + first * K * size, weight, bias, count, Address(0), 0);
+  });
+}
+
+void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Address g, std::int64_t M, Address packed, Address absmax,
+                          Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address nested_absmax,
+                          Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
+  Call call("gemm_4bit_transposed", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
+  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(K, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
+    launch(call, transposed_kernels[dtype], grid, out + first * K * size, g + first * N * size, weight, count, Address(0), 0);
+  });
+}
+
+void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
+                       Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
+                       bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
+                       std::int64_t nested_blocksize) {
+  Call call(transposed ? "grouped_gemm_4bit_transposed" : "grouped_gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  // Which tokens are whose is known on the device alone: as many tiles of tokens as there can be, those left over do nothing.
+  const std::int64_t tiles = tokens / kAnyRows + std::min<std::int64_t>(experts, tokens);
+  const Grid grid{static_cast<unsigned>(ceil_div(transposed ? K : N, kAnyOutputs)), static_cast<unsigned>(std::min(tiles, kMostGridRows))};
+  if (transposed) {
+    launch(call, transposed_kernels[dtype], grid, out, x, weight, tokens, offsets, experts);
+  } else {
+    launch(call, any_kernels[dtype], grid, out, x, weight, Address(0), tokens, offsets, experts);
+  }
+}
+
+}  // namespace
+
+void bind_gemm_4bit(nanobind::module_& module) {
+  module.def("gemm_4bit", &gemm_4bit, NoLock());
+  module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
+  module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
+}
 
 }  // namespace bnb

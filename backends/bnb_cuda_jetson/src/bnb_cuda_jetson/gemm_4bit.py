@@ -1,1 +1,147 @@
 """Kernels of 4-bit matrix products."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from bnb_core.ops.spec import Nested
+from bnb_cuda_jetson import _native
+from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
+
+
+@kernel("gemm_4bit")
+def gemm_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    N: int,
+    K: int,
+    bias: Optional[torch.Tensor],
+    nested: Optional[Nested],
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` with x W^T + bias."""
+    device = x.get_device()
+    _native.gemm_4bit(
+        device,
+        current_stream(device),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        x.numel() // K,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        codebook.data_ptr(),
+        blocksize,
+        N,
+        K,
+        address(bias),
+        *nested_addresses(nested),
+    )
+
+
+@kernel("gemm_4bit_transposed")
+def gemm_4bit_transposed(
+    g: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` with g W."""
+    device = g.get_device()
+    _native.gemm_4bit_transposed(
+        device,
+        current_stream(device),
+        out.data_ptr(),
+        DTYPES[g.dtype],
+        g.data_ptr(),
+        g.numel() // N,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        codebook.data_ptr(),
+        blocksize,
+        N,
+        K,
+        *nested_addresses(nested),
+    )
+
+
+@kernel("grouped_gemm_4bit")
+def grouped_gemm_4bit(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` with each token's product with its expert's weight."""
+    _grouped(x, packed, absmax, codebook, blocksize, offsets, N, K, nested, out, transposed=False)
+
+
+@kernel("grouped_gemm_4bit_transposed")
+def grouped_gemm_4bit_transposed(
+    g: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Fill `out` with the product of each token's gradient and its expert's weight."""
+    _grouped(g, packed, absmax, codebook, blocksize, offsets, N, K, nested, out, transposed=True)
+
+
+def _grouped(
+    tokens: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: torch.Tensor,
+    blocksize: int,
+    offsets: torch.Tensor,
+    N: int,
+    K: int,
+    nested: Optional[Nested],
+    out: torch.Tensor,
+    transposed: bool,
+) -> None:
+    device = tokens.get_device()
+    _native.grouped_gemm_4bit(
+        device,
+        current_stream(device),
+        out.data_ptr(),
+        DTYPES[tokens.dtype],
+        tokens.data_ptr(),
+        tokens.shape[0],
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        codebook.data_ptr(),
+        blocksize,
+        offsets.data_ptr(),
+        offsets.numel() - 1,
+        N,
+        K,
+        transposed,
+        *nested_addresses(nested),
+    )
