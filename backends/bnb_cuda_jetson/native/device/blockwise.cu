@@ -10,40 +10,56 @@ template <class T>
 __device__ void quantize(uint8* codes, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {
   __shared__ NearestCode8bit table;
   table.build(codebook);
-  const bool aligned = reinterpret_cast<size_t>(codes) % 8 == 0;
-  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&found)[8]) {
-    if (at + 8 <= n && aligned) {
-      uint2 words;
-      words.x = found[0] | found[1] << 8 | found[2] << 16 | found[3] << 24;
-      words.y = found[4] | found[5] << 8 | found[6] << 16 | found[7] << 24;
-      *reinterpret_cast<uint2*>(codes + at) = words;
+  const bool aligned = reinterpret_cast<size_t>(codes) % 16 == 0;
+  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&found)[kPerThread]) {
+    if (at + kPerThread <= n && aligned) {
+      uint4 words = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words.x |= found[i] << (8 * i);
+        words.y |= found[4 + i] << (8 * i);
+        words.z |= found[8 + i] << (8 * i);
+        words.w |= found[12 + i] << (8 * i);
+      }
+      *reinterpret_cast<uint4*>(codes + at) = words;
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kPerThread; ++i) {
         if (at + i < n) codes[at + i] = found[i];
       }
     }
   });
 }
 
-// Blocks of any size: the threads go over each block twice.
+// Blocks of any size: the threads go over each block twice. Each has eight elements, neighbours for no better reason than that codes
+// are found eight at a time.
 template <class T>
 __device__ void quantize_any(uint8* codes, float* absmax, const T* x, const float* codebook, int64 blocksize, int64 n) {
   __shared__ NearestCode8bit table;
   __shared__ uint32 warps[2][kQuantizeThreads / 32];
   table.build(codebook);
-  const auto layout = table.layout();
   int turn = 0;
   for (int64 block = blockIdx.x; block * blocksize < n; block += gridDim.x, turn ^= 1) {
-    const int64 start = block * blocksize, end = min(start + blocksize, n);
+    const int64 end = min((block + 1) * blocksize, n), start = block * blocksize + threadIdx.x * 8;
     uint32 largest = 0;
-    for (int64 at = start + threadIdx.x; at < end; at += kQuantizeThreads) largest = max(largest, magnitude_bits(to_float(x[at])));
+    for (int64 at = start; at < end; at += kQuantizeThreads * 8) {
+      for (int i = 0; i < 8 && at + i < end; ++i) largest = max(largest, magnitude_bits(to_float(x[at + i])));
+    }
     largest = largest_among(largest, kQuantizeThreads, warps[turn]);
     if (threadIdx.x == 0) absmax[block] = absmax_from(largest);
     const float scale = scale_from(largest);
-    for (int64 at = start + threadIdx.x; at < end; at += kQuantizeThreads) {
-      const float value = largest >= kInfinityBits ? 0.0f : to_float(x[at]);
-      codes[at] = table.code(layout, __fmul_rn(value, scale));
+    for (int64 at = start; at < end; at += kQuantizeThreads * 8) {
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        values[i] = at + i < end && largest < kInfinityBits ? __fmul_rn(to_float(x[at + i]), scale) : 0.0f;
+      }
+      uint32 found[8];
+      table.find(values, found);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (at + i < end) codes[at + i] = found[i];
+      }
     }
   }
 }
@@ -87,11 +103,11 @@ __device__ void dequantize(T* out, const uint8* codes, const float* absmax, cons
 }
 
 #define BLOCKWISE(name, T)                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads) quantize_blockwise_##name(                                       \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 1) quantize_blockwise_##name(                                       \
       uint8* codes, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {                             \
     quantize(codes, absmax, x, codebook, blocksize_shift, n);                                                                     \
   }                                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads)                                                                  \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 1)                                                                  \
       quantize_any_##name(uint8* codes, float* absmax, const T* x, const float* codebook, int64 blocksize, int64 n) {             \
     quantize_any(codes, absmax, x, codebook, blocksize, n);                                                                       \
   }                                                                                                                               \

@@ -80,3 +80,42 @@ __device__ inline void store_eight<float>(float* to, const float (&values)[8]) {
   reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
+
+// Eight elements as they lie in memory, `at` and following, of which there are `count` at most. They are loaded without a look at
+// them, so that all loads of a thread overlap, and converted later. `vector` says that there are eight, at a multiple of 16 bytes.
+template <class T>
+struct Eight {
+  uint4 words[sizeof(T) / 2];
+
+  __device__ void load(const T* from, int64 at, int64 count, bool vector) {
+    if (vector) {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(T) / 2); ++i) words[i] = reinterpret_cast<const uint4*>(from + at)[i];
+    } else {
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = i < count ? to_float(from[at + i]) : 0.0f;
+      store_eight(reinterpret_cast<T*>(words), values);
+    }
+  }
+
+  __device__ void values(float* values) const {
+    float eight[8];
+    load_eight(reinterpret_cast<const T*>(words), eight);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = eight[i];
+  }
+};
+
+// Round eight values and store them, with the same meaning of the arguments.
+template <class T>
+__device__ inline void store_values(T* to, int64 at, int64 count, bool vector, const float (&values)[8]) {
+  if (vector) {
+    store_eight(to + at, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) to[at + i] = from_float<T>(values[i]);
+    }
+  }
+}

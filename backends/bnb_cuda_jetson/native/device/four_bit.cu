@@ -57,16 +57,17 @@ template <class T>
 __device__ void quantize(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {
   __shared__ NearestCode4bit table;
   table.build(codebook);
-  const bool aligned = reinterpret_cast<size_t>(packed) % 4 == 0;
-  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&codes)[8]) {
-    uint32 word = 0;
+  const bool aligned = reinterpret_cast<size_t>(packed) % 8 == 0;
+  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&codes)[kPerThread]) {
+    uint32 words[2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) word |= (codes[2 * i] << 4 | codes[2 * i + 1]) << (8 * i);
-    if (at + 8 <= n && aligned) {
-      *reinterpret_cast<uint32*>(packed + at / 2) = word;
+    for (int i = 0; i < 8; ++i) words[i / 4] |= (codes[2 * i] << 4 | codes[2 * i + 1]) << (i % 4 * 8);
+    if (at + kPerThread <= n && aligned) {
+      *reinterpret_cast<uint2*>(packed + at / 2) = make_uint2(words[0], words[1]);
     } else {
-      for (int i = 0; i < 4; ++i) {
-        if (at + 2 * i < n) packed[at / 2 + i] = word >> (8 * i);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (at + 2 * i < n) packed[at / 2 + i] = words[i / 4] >> (i % 4 * 8);
       }
     }
   });

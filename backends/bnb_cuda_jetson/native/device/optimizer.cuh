@@ -9,7 +9,7 @@
 #include "quantize_blocks.cuh"
 
 constexpr int kStepThreads = 320;  // two blocks of threads have 96 registers each
-constexpr int kPiece = 256;  // elements that a warp has in registers
+constexpr int kPiece = 256;        // elements that a warp has in registers
 
 enum Algorithm { kAdam, kAmsgrad, kAdemamix, kLion, kSgd, kRmsprop, kAdagrad };
 
@@ -18,9 +18,15 @@ __host__ __device__ constexpr int states_of(int algorithm) {
   return algorithm == kAdam ? 2 : algorithm == kLion || algorithm == kSgd || algorithm == kAdagrad ? 1 : 3;
 }
 
+// Whether it has a state in any case; others are there if hyperparameters ask for them.
+__device__ constexpr bool always_has(int algorithm, int state) {
+  return algorithm == kSgd ? false : algorithm == kRmsprop ? state == 0 : state < states_of(algorithm);
+}
+
 // One element: gradient and states before the step -> direction and states after it. `has` says which states there are.
 template <int kAlgorithm>
-__device__ inline float update(const Scalars& s, float g, float& first, float& second, float& third, const bool (&has)[kStates]) {
+__device__ inline float update(const Scalars& s, float g, float (&states)[kStates], const bool (&has)[kStates]) {
+  float &first = states[0], &second = states[1], &third = states[2];
   if constexpr (kAlgorithm == kAdam || kAlgorithm == kAmsgrad || kAlgorithm == kAdemamix) {
     first = fmaf(first, s.beta1, g * s.new1);
     second = fmaf(second, s.beta2, g * g * s.new2);
@@ -55,52 +61,13 @@ __device__ inline float update(const Scalars& s, float g, float& first, float& s
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ states in memory
-
-template <class T>
-__device__ inline void load_piece(const T* from, int lane_elements, bool vector, float (&values)[8]) {
-  if (vector) {
-    load_eight(from, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < lane_elements ? to_float(from[i]) : 0.0f;
-  }
+// The gradient that the algorithm gets.
+__device__ inline float prepared(const Scalars& s, float grad, float param) {
+  const float scaled = grad * s.gnorm_scale;
+  return s.weight_decay != 0.0f ? fmaf(s.weight_decay, param, scaled) : scaled;
 }
 
-template <class T>
-__device__ inline void store_piece(T* to, int lane_elements, bool vector, const float (&values)[8]) {
-  if (vector) {
-    store_eight(to, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < lane_elements) to[i] = from_float<T>(values[i]);
-    }
-  }
-}
-
-__device__ inline uint2 load_codes(const uint8* from, int lane_elements, bool vector) {
-  if (vector) return *reinterpret_cast<const uint2*>(from);
-  uint2 codes = make_uint2(0, 0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i < lane_elements) codes.x |= uint32(from[i]) << (8 * i);
-    if (i + 4 < lane_elements) codes.y |= uint32(from[i + 4]) << (8 * i);
-  }
-  return codes;
-}
-
-__device__ inline void store_codes(uint8* to, int lane_elements, bool vector, uint2 codes) {
-  if (vector) {
-    *reinterpret_cast<uint2*>(to) = codes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < lane_elements) to[i] = codes.x >> (8 * i);
-      if (i + 4 < lane_elements) to[i + 4] = codes.y >> (8 * i);
-    }
-  }
-}
+__device__ inline bool is_updated(const Scalars& s, float grad) { return isfinite(grad) && !(s.skip_zeros && grad == 0.0f); }
 
 __device__ inline uint32 largest_of_warp(uint32 largest) {
 #if __CUDA_ARCH__ >= 800
@@ -111,63 +78,108 @@ __device__ inline uint32 largest_of_warp(uint32 largest) {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------------------------- the step
+// ------------------------------------------------------------------------------------------------------------------ tensors in memory
 
-// What a lane has of a unit: eight elements at most.
-struct Piece {
-  int64 at;     // of the first
-  int count;
-  bool vector;  // all eight, at addresses for vector loads
+// What a warp works on: elements of one tensor.
+struct Unit {
+  const StepTensor& tensor;
+  int64 block, start, end;
+  bool aligned;  // eight elements from a multiple of eight have addresses for vector loads
 
-  __device__ Piece(int64 start, int64 end, bool aligned) {
-    at = start + threadIdx.x % 32 * 8;
-    count = int(max(min(end - at, int64(8)), int64(0)));
-    vector = aligned && count == 8;
+  __device__ Unit(const StepTensor& tensor, int64 block, int64 blocksize)
+      : tensor(tensor), block(block), start(block * blocksize), aligned(tensor.n > 0 && blocksize % 8 == 0) {
+    end = min(start + blocksize, abs(tensor.n));
   }
 };
 
-// Parameters and states of a piece after the step, in registers.
-template <class T, int kAlgorithm, bool kQuantized>
-struct Update {
-  static constexpr int kCount = states_of(kAlgorithm);
-  float p[8], states[kCount][8];
-  double param_square = 0.0, direction_square = 0.0;  // where they are measured
+// Eight codes as they lie in memory; otherwise as `Eight`.
+struct EightCodes {
+  uint2 words;
 
-  template <bool kMeasure>
-  __device__ void compute(const StepTensor& tensor, const Piece& piece, const Scalars& s, float rate, const NearestCode8bit* codebooks,
-                          const float (&absmax)[kCount]) {
-    const bool has[kStates] = {tensor.states[0] != nullptr, tensor.states[1] != nullptr, tensor.states[2] != nullptr};
+  __device__ void load(const uint8* from, int64 at, int64 count, bool vector) {
+    if (vector) {
+      words = *reinterpret_cast<const uint2*>(from + at);
+    } else {
+      words = make_uint2(0, 0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) (i < 4 ? words.x : words.y) |= i < count ? uint32(from[at + i]) << (i % 4 * 8) : 0;
+    }
+  }
+
+  __device__ uint32 operator[](int i) const { return (i < 4 ? words.x : words.y) >> (i % 4 * 8) & 255; }
+};
+
+__device__ inline void store_codes(uint8* to, int64 at, int64 count, bool vector, const uint32 (&codes)[8]) {
+  if (vector) {
+    *reinterpret_cast<uint2*>(to + at) = make_uint2(codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24,
+                                                    codes[4] | codes[5] << 8 | codes[6] << 16 | codes[7] << 24);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) to[at + i] = codes[i];
+    }
+  }
+}
+
+template <bool kQuantized>
+struct StateFormat {
+  using Element = float;
+  using Loaded = Eight<float>;
+};
+template <>
+struct StateFormat<true> {
+  using Element = uint8;
+  using Loaded = EightCodes;
+};
+
+// What a lane has of a unit: eight elements at most, with their states.
+template <class T, int kAlgorithm, bool kQuantized>
+struct Piece {
+  static constexpr int kCount = states_of(kAlgorithm);
+  using Format = StateFormat<kQuantized>;
+
+  const Unit& unit;
+  int64 at;
+  int count;
+  bool vector, has[kStates];
+  float p[8], states[kCount][8];
+
+  __device__ Piece(const Unit& unit, int64 start) : unit(unit) {
+    at = start + threadIdx.x % 32 * 8;
+    count = int(max(min(unit.end - at, int64(8)), int64(0)));
+    vector = unit.aligned && count == 8;
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) has[k] = always_has(kAlgorithm, k) || (k < kCount && unit.tensor.states[k]);
+  }
+
+  // Take the step, in registers.
+  __device__ void step(const Scalars& s, float rate, const NearestCode8bit* codebooks, const float (&absmax)[kCount]) {
+    Eight<T> param, grad;
+    typename Format::Loaded loaded[kCount];
+    if (vector) {
+      load(param, grad, loaded, true);
+    } else {
+      load(param, grad, loaded, false);
+    }
     float g[8];
-    load_piece(static_cast<const T*>(tensor.param) + piece.at, piece.count, piece.vector, p);
-    load_piece(static_cast<const T*>(tensor.grad) + piece.at, piece.count, piece.vector, g);
+    param.values(p);
+    grad.values(g);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      if (!has[k]) continue;
       if constexpr (kQuantized) {
-        const uint2 codes = load_codes(static_cast<const uint8*>(tensor.states[k]) + piece.at, piece.count, piece.vector);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint32 code = (i < 4 ? codes.x : codes.y) >> (i % 4 * 8) & 255;
-          states[k][i] = __fmul_rn(codebooks[k].values[code], absmax[k]);
-        }
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), absmax[k]);
       } else {
-        load_piece(static_cast<const float*>(tensor.states[k]) + piece.at, piece.count, piece.vector, states[k]);
+        loaded[k].values(states[k]);
       }
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool updated = isfinite(g[i]) && !(s.skip_zeros && g[i] == 0.0f) && i < piece.count;
-      float gradient = g[i] * s.gnorm_scale;
-      if (s.weight_decay != 0.0f) gradient = fmaf(s.weight_decay, p[i], gradient);
       float after[kStates] = {};
 #pragma unroll
       for (int k = 0; k < kCount; ++k) after[k] = states[k][i];
-      const float direction = update<kAlgorithm>(s, gradient, after[0], after[1], after[2], has);
-      if constexpr (kMeasure) {
-        if (i < piece.count) param_square += double(p[i]) * p[i];
-        if (updated) direction_square += double(direction) * direction;
-      }
-      if (updated) {
+      const float direction = update<kAlgorithm>(s, prepared(s, g[i], p[i]), after, has);
+      if (is_updated(s, g[i])) {
         p[i] = fmaf(-rate, direction, p[i] * s.decay);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) states[k][i] = after[k];
@@ -176,105 +188,139 @@ struct Update {
   }
 
   // Include the states' magnitudes in `largest`.
-  __device__ void compare(const Piece& piece, uint32 (&largest)[kCount]) const {
+  __device__ void compare(uint32 (&largest)[kCount]) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
+      if (vector) {
+        largest[k] = max(largest[k], largest_magnitude(states[k]));
+      } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < piece.count) largest[k] = max(largest[k], magnitude_bits(states[k][i]));
+        for (int i = 0; i < 8; ++i) largest[k] = max(largest[k], i < count ? magnitude_bits(states[k][i]) : 0);
       }
     }
   }
 
-  __device__ void store(const StepTensor& tensor, const Piece& piece, const NearestCode8bit* codebooks,
-                        const uint32 (&largest)[kCount]) const {
-    store_piece(static_cast<T*>(tensor.param) + piece.at, piece.count, piece.vector, p);
+  __device__ void store(const NearestCode8bit* codebooks, const uint32 (&largest)[kCount]) const {
+    store_values(static_cast<T*>(unit.tensor.param), at, count, vector, p);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      if (!tensor.states[k]) continue;
+      if (!has[k]) continue;
       if constexpr (kQuantized) {
-        const auto layout = codebooks[k].layout();
         const float scale = scale_from(largest[k]);
-        uint32 codes[8];
+        float scaled[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float value = largest[k] >= kInfinityBits ? 0.0f : states[k][i];
-          codes[i] = codebooks[k].code(layout, __fmul_rn(value, scale));
-        }
-        store_codes(static_cast<uint8*>(tensor.states[k]) + piece.at, piece.count, piece.vector,
-                    make_uint2(codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24,
-                               codes[4] | codes[5] << 8 | codes[6] << 16 | codes[7] << 24));
+        for (int i = 0; i < 8; ++i) scaled[i] = largest[k] < kInfinityBits ? __fmul_rn(states[k][i], scale) : 0.0f;
+        uint32 codes[8];
+        codebooks[k].find(scaled, codes);
+        store_codes(static_cast<uint8*>(unit.tensor.states[k]), at, count, vector, codes);
       } else {
-        store_piece(static_cast<float*>(tensor.states[k]) + piece.at, piece.count, piece.vector, states[k]);
+        store_values(static_cast<float*>(unit.tensor.states[k]), at, count, vector, states[k]);
       }
+    }
+  }
+
+ private:
+  __device__ void load(Eight<T>& param, Eight<T>& grad, typename Format::Loaded (&loaded)[kCount], bool vector) const {
+    param.load(static_cast<const T*>(unit.tensor.param), at, count, vector);
+    grad.load(static_cast<const T*>(unit.tensor.grad), at, count, vector);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      loaded[k] = {};
+      if (has[k]) loaded[k].load(static_cast<const typename Format::Element*>(unit.tensor.states[k]), at, count, vector);
     }
   }
 };
 
-// Update all tensors; or, with kMeasure, only add up the squares of each unit's parameters and directions.
-template <class T, int kAlgorithm, bool kQuantized, bool kMeasure>
-__device__ void step(const StepTensors& table, const Scalars& s, const float* ratios, double2* sums, const NearestCode8bit* codebooks,
-                     int64 blocksize) {
+// ------------------------------------------------------------------------------------------------------------------------- the step
+
+template <class T, int kAlgorithm, bool kQuantized>
+__device__ void step_unit(const Unit& unit, int64 blocksize, const Scalars& s, float rate, const NearestCode8bit* codebooks,
+                          const float (&absmax)[states_of(kAlgorithm)]) {
   constexpr int kCount = states_of(kAlgorithm);
-  const int lane = threadIdx.x % 32;
-  int which = 0;
-  const int64 stride = int64(gridDim.x) * kStepThreads / 32;
-  for (int64 unit = (int64(blockIdx.x) * kStepThreads + threadIdx.x) / 32; unit < table.units; unit += stride) {
-    while (unit >= table.tensors[which].end) ++which;
-    const StepTensor& tensor = table.tensors[which];
-    const int64 block = unit - (which ? table.tensors[which - 1].end : 0);
-    const int64 n = abs(tensor.n), start = block * blocksize, end = min(start + blocksize, n);
-    const bool aligned = tensor.n > 0 && blocksize % 8 == 0;
-    const float rate = ratios ? s.lr * ratios[which] : s.lr;
-    float absmax[kCount] = {};
-    if constexpr (kQuantized) {
+  // A block that a warp cannot hold is gone over twice: for the absmax of its new states, and to store them.
+  const bool held = blocksize <= kPiece;
+  uint32 largest[kCount] = {};
+  int pass = held ? 1 : 0;
+  for (int64 start = unit.start; pass < 2;) {
+    Piece<T, kAlgorithm, kQuantized> piece(unit, start);
+    piece.step(s, rate, codebooks, absmax);
+    start += kPiece;
+    const bool last = start >= unit.end;
+    if (kQuantized && (held || pass == 0)) {
+      piece.compare(largest);
+      if (last) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) absmax[k] = tensor.states[k] ? tensor.absmax[k][block] : 0.0f;
+        for (int k = 0; k < kCount; ++k) largest[k] = largest_of_warp(largest[k]);
+      }
     }
-    Update<T, kAlgorithm, kQuantized> update;
-    if constexpr (kMeasure) {
-      for (int64 piece = start; piece < end; piece += kPiece) {
-        update.template compute<true>(tensor, Piece(piece, end, aligned), s, rate, codebooks, absmax);
-      }
-      for (int distance = 16; distance > 0; distance /= 2) {
-        update.param_square += __shfl_xor_sync(0xffffffffu, update.param_square, distance);
-        update.direction_square += __shfl_xor_sync(0xffffffffu, update.direction_square, distance);
-      }
-      if (lane == 0) sums[unit] = make_double2(update.param_square, update.direction_square);
-    } else {
-      // A block that a warp cannot hold is gone over twice: for the absmax of its new states, and to store them.
-      const bool held = blocksize <= kPiece;
-      uint32 largest[kCount] = {};
-      for (int64 piece = start, pass = held ? 1 : 0; pass < 2;) {
-        const Piece mine(piece, end, aligned);
-        update.template compute<false>(tensor, mine, s, rate, codebooks, absmax);
-        if (kQuantized && (held || pass == 0)) update.compare(mine, largest);
-        piece += kPiece;
-        const bool last = piece >= end;
-        if (kQuantized && last && (held || pass == 0)) {
+    if (pass == 1) piece.store(codebooks, largest);
+    if (last) start = unit.start, ++pass;
+  }
+  if constexpr (kQuantized) {
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) largest[k] = largest_of_warp(largest[k]);
-        }
-        if (pass == 1) update.store(tensor, mine, codebooks, largest);
-        if (last) piece = start, ++pass;
-      }
-      if (kQuantized && lane == 0) {
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          if (tensor.states[k]) tensor.absmax[k][block] = absmax_from(largest[k]);
-        }
+    for (int k = 0; k < kCount; ++k) {
+      if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || unit.tensor.states[k])) {
+        unit.tensor.absmax[k][unit.block] = absmax_from(largest[k]);
       }
     }
   }
 }
 
+// Add up the squares of a unit's parameters and directions. Large steps of few elements at a time are not worth their code here.
 template <class T, int kAlgorithm, bool kQuantized>
-__device__ void step_or_measure(const StepTensors& table, const Scalars& scalars, const Scalars* device_scalars, const float* ratios,
-                                double2* sums, const NearestCode8bit* codebooks, int64 blocksize) {
+__device__ double2 measure_unit(const Unit& unit, const Scalars& s, const NearestCode8bit* codebooks,
+                                const float (&absmax)[states_of(kAlgorithm)]) {
+  const StepTensor& tensor = unit.tensor;
+  double2 sum = make_double2(0.0, 0.0);
+#pragma unroll 1
+  for (int64 at = unit.start + threadIdx.x % 32; at < unit.end; at += 32) {
+    bool has[kStates] = {};
+    float states[kStates] = {};
+#pragma unroll
+    for (int k = 0; k < states_of(kAlgorithm); ++k) {
+      has[k] = tensor.states[k];
+      if (!has[k]) continue;
+      if constexpr (kQuantized) {
+        states[k] = __fmul_rn(codebooks[k].value(static_cast<const uint8*>(tensor.states[k])[at]), absmax[k]);
+      } else {
+        states[k] = static_cast<const float*>(tensor.states[k])[at];
+      }
+    }
+    const float p = to_float(static_cast<const T*>(tensor.param)[at]), g = to_float(static_cast<const T*>(tensor.grad)[at]);
+    const double direction = is_updated(s, g) ? update<kAlgorithm>(s, prepared(s, g, p), states, has) : 0.0f;
+    sum.x += double(p) * p;
+    sum.y += direction * direction;
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, distance);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, distance);
+  }
+  return sum;
+}
+
+// Update all tensors; or, if `sums` is given, only measure their units.
+template <class T, int kAlgorithm, bool kQuantized>
+__device__ void step(const StepTensors& table, const Scalars& scalars, const Scalars* device_scalars, const float* ratios,
+                     double2* sums, const NearestCode8bit* codebooks, int64 blocksize) {
   const Scalars s = device_scalars ? *device_scalars : scalars;
-  if (sums) {
-    step<T, kAlgorithm, kQuantized, true>(table, s, ratios, sums, codebooks, blocksize);
-  } else {
-    step<T, kAlgorithm, kQuantized, false>(table, s, ratios, sums, codebooks, blocksize);
+  int which = 0;
+  const int64 stride = int64(gridDim.x) * kStepThreads / 32;
+  for (int64 at = (int64(blockIdx.x) * kStepThreads + threadIdx.x) / 32; at < table.units; at += stride) {
+    while (at >= table.tensors[which].end) ++which;
+    const Unit unit(table.tensors[which], at - (which ? table.tensors[which - 1].end : 0), blocksize);
+    float absmax[states_of(kAlgorithm)] = {};
+    if constexpr (kQuantized) {
+#pragma unroll
+      for (int k = 0; k < states_of(kAlgorithm); ++k) {
+        if (always_has(kAlgorithm, k) || unit.tensor.states[k]) absmax[k] = unit.tensor.absmax[k][unit.block];
+      }
+    }
+    if (sums) {
+      const double2 sum = measure_unit<T, kAlgorithm, kQuantized>(unit, s, codebooks, absmax);
+      if (threadIdx.x % 32 == 0) sums[at] = sum;
+    } else {
+      const float rate = ratios ? s.lr * ratios[which] : s.lr;
+      step_unit<T, kAlgorithm, kQuantized>(unit, blocksize, s, rate, codebooks, absmax);
+    }
   }
 }

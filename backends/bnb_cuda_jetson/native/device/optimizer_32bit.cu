@@ -5,7 +5,7 @@
   extern "C" __global__ void __launch_bounds__(kStepThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                              \
       step_32bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,         \
                                       const float* ratios, double2* sums) {                                                    \
-    step_or_measure<T, kAlgorithm, false>(tensors, scalars, device_scalars, ratios, sums, nullptr, kPiece);                                                 \
+    step<T, kAlgorithm, false>(tensors, scalars, device_scalars, ratios, sums, nullptr, kPiece);                                                 \
   }
 
 #define STEPS(algorithm, kAlgorithm)            \

@@ -11,7 +11,7 @@
     if (codebook1) tables[0].build(codebook1);                                                                                 \
     if (count > 1 && codebook2) tables[count > 1 ? 1 : 0].build(codebook2);                                                    \
     if (count > 2 && codebook3) tables[count > 2 ? 2 : 0].build(codebook3);                                                    \
-    step_or_measure<T, kAlgorithm, true>(tensors, scalars, device_scalars, ratios, sums, tables, blocksize);                   \
+    step<T, kAlgorithm, true>(tensors, scalars, device_scalars, ratios, sums, tables, blocksize);                   \
   }
 
 #define STEPS(algorithm, kAlgorithm)            \

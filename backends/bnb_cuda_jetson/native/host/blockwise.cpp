@@ -6,8 +6,10 @@
 namespace bnb {
 namespace {
 
-constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
+constexpr int kQuantizeTile = 8192;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
 constexpr int kDequantizeTile = 256 * 8 * 2;  // and that one dequantizes, in blockwise.cu
+
+constexpr int kLargestBlock = 4096;        // of the kernels for powers of two, from 32 on; the same size in 4-bit ops
 
 Kernel quantize_kernels[kDtypes] = {
     {"blockwise", "quantize_blockwise_float32", 512},
@@ -31,7 +33,7 @@ void quantize_blockwise(int device, Address stream, Address codes, Address absma
                         Address codebook, std::int64_t blocksize) {
   Call call("quantize_blockwise", device, stream);
   int shift = exact_log2(blocksize);
-  if (shift >= 5 && blocksize <= kQuantizeTile) {
+  if (shift >= 5 && blocksize <= kLargestBlock) {
     Kernel& kernel = quantize_kernels[dtype];
     launch(call, kernel, {blocks_for(call, kernel, ceil_div(n, kQuantizeTile))}, codes, absmax, x, codebook, shift, n);
   } else {

@@ -6,7 +6,7 @@
 namespace bnb {
 namespace {
 
-constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
+constexpr int kQuantizeTile = 8192;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
 constexpr int kDequantizeTile = 256 * 8 * 4;  // and that one dequantizes, in four_bit.cu
 
 Kernel quantize_kernels[kDtypes] = {

@@ -107,7 +107,7 @@ def _addresses(tensors: Tensors) -> List[int]:
 
 
 def _rule(algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> Tuple[str, List[float], int, int]:
-    """Return the kernels' algorithm, its numbers in the native entry points' order, and the addresses of step and lr on the device."""
+    """Return the kernels' algorithm, its numbers in the native code's order, and the addresses of step and lr on the device."""
     h = hyperparameters
     step_on_device, lr_on_device = isinstance(step, torch.Tensor), isinstance(lr, torch.Tensor)
     numbers = [
