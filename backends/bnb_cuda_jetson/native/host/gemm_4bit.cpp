@@ -122,16 +122,84 @@ void multiply_few(const Call& call, int dtype, Address out, Address x, const Wei
   launch(call, kernel, {blocks_for(call, kernel, ceil_div(weight.N, 16))}, out, x, weight, bias, M, shift);
 }
 
+// --------------------------------------------------------------------------------------------------------------- many rows of x
+// The kernels of gemm_4bit_many.cu, of float16 and bfloat16 from sm_80 on.
+constexpr int kManyRows = 128;    // of W that a block multiplies
+constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
+constexpr int kFewestStages = 4;  // that are worth a block
+
+constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 4 + tokens * 256); }
+
+Kernel many32_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_many32_float16", 256, many_shared_bytes(32)},
+    {"gemm_4bit_many", "gemm_4bit_many32_bfloat16", 256, many_shared_bytes(32)},
+};
+Kernel many64_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_many64_float16", 256, many_shared_bytes(64)},
+    {"gemm_4bit_many", "gemm_4bit_many64_bfloat16", 256, many_shared_bytes(64)},
+};
+Kernel add_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_add_float16", 256},
+    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
+};
+
+// How the kernels for many rows cut a product: rows of x in a tile, and blocks that share the columns, `stages` stages each.
+struct Cut {
+  int tokens;
+  int parts;
+  int stages;
+};
+
+Cut cut_many(const Device& device, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const int tokens = M <= 32 ? 32 : 64;
+  const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens), stages = ceil_div(K, kManyDepth);
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
+  const std::int64_t each = ceil_div(stages, wanted);
+  return {tokens, static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
+}
+
+bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t K, std::int64_t blocksize) {
+  return has_tensor_cores(device, dtype) && M > 16 && K % 64 == 0 && blocksize >= 64;
+}
+
+// Bytes of scratch memory for a call, for sums of parts of the columns.
+std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
+  if (!takes_many(device(ordinal), dtype, M, K, blocksize)) return 0;
+  const Cut cut = cut_many(device(ordinal), M, N, K);
+  return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
+}
+
+void multiply_many(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M,
+                   Address scratch) {
+  const Cut cut = cut_many(call.device, M, weight.N, weight.K);
+  const int index = dtype - kFloat16;
+  Kernel& kernel = (cut.tokens == 32 ? many32_kernels : many64_kernels)[index];
+  const Address sums = cut.parts > 1 ? scratch : 0;
+  by_rows(M, cut.tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, cut.tokens)),
+                    static_cast<unsigned>(cut.parts)};
+    launch(call, kernel, grid, out + 2 * first * weight.N, sums, x + 2 * first * weight.K, weight, bias, count, cut.stages);
+  });
+  if (cut.parts > 1) {
+    Kernel& add = add_kernels[index];
+    launch(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 256))}, out, sums, bias, M, weight.N, cut.parts);
+  }
+}
+
 // Rows up to which the kernels for few rows win over those for any shape.
 std::int64_t most_few(const Device& device, int dtype) { return has_tensor_cores(device, dtype) ? 1 << 30 : 8; }
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
 void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
-               Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
+               Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch) {
   Call call("gemm_4bit", device, stream);
   Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
                     exact_log2(blocksize)};
+  if (fits_few(weight, x) && takes_many(call.device, dtype, M, K, blocksize)) {
+    multiply_many(call, dtype, out, x, weight, bias, M, scratch);
+    return;
+  }
   if (fits_few(weight, x) && M <= most_few(call.device, dtype)) {
     multiply_few(call, dtype, out, x, weight, bias, M);
     return;
@@ -177,6 +245,7 @@ void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Addre
 
 void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
+  module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
   module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
   module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
 }

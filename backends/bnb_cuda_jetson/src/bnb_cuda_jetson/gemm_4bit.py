@@ -6,12 +6,25 @@ from typing import Optional
 
 import torch
 
+from bnb_core.backends import Call
 from bnb_core.ops.spec import Nested
 from bnb_cuda_jetson import _native
 from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
 
 
-@kernel("gemm_4bit")
+#: Rows of x from which a product may need scratch memory; below, asking would cost more than the answer.
+_SCRATCH_FROM = 17
+
+
+def _scratch(call: Call) -> int:
+    M = call.x.numel() // call.K
+    if M < _SCRATCH_FROM:
+        return 0
+    size: int = _native.gemm_4bit_scratch(call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize)
+    return size
+
+
+@kernel("gemm_4bit", scratch=_scratch)
 def gemm_4bit(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -24,6 +37,7 @@ def gemm_4bit(
     nested: Optional[Nested],
     *,
     out: torch.Tensor,
+    scratch: torch.Tensor,
 ) -> None:
     """Fill `out` with x W^T + bias."""
     device = x.get_device()
@@ -42,6 +56,7 @@ def gemm_4bit(
         K,
         address(bias),
         *nested_addresses(nested),
+        scratch.data_ptr(),
     )
 
 

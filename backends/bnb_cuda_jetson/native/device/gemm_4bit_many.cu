@@ -1,0 +1,188 @@
+// gemm_4bit for many rows of x, on tensor cores (sm_80 and up).
+//
+// A block multiplies 128 rows of W by kTokens rows of x. Codes, scales and x come through shared memory, 128 columns at a time,
+// kStages of them ahead. Half of the warps take the first 64 of these columns, half the others; a warp has 32 rows of W, whose codes
+// become values in registers on the way to the tensor cores, each once. Sums of 64 columns, which have one scale, are scaled in
+// float32. Where N alone makes too few blocks, several share the columns: each writes its sums, and a second kernel adds them up.
+#include "copy_ahead.cuh"
+#include "mma.cuh"
+#include "pair_table.cuh"
+#include "weight_4bit.cuh"
+
+constexpr int kThreads = 256;
+constexpr int kRows = 128;  // of W
+constexpr int kDepth = 128;
+constexpr int kStages = 4;
+
+#if __CUDA_ARCH__ >= 800
+template <class T, int kTokens>
+struct Stage {
+  uint8 codes[kRows][kDepth / 2];
+  float scales[2][kRows];
+  T x[kTokens][kDepth];
+
+  // Where 16 bytes are: so exchanged that the lanes that read together meet in no bank.
+  __device__ uint8* codes_at(int row, int byte) { return &codes[row][byte ^ (row / 2 % 2 * 32)]; }
+  __device__ T* x_at(int token, int column) { return &x[token][column ^ (token % 2 * 8)]; }
+};
+
+// A scale as it is in memory: of a nested one, that of its group and its code.
+struct AskedScale {
+  float value;
+  uint8 code;
+
+  __device__ AskedScale(const Scales& scales, int64 block) {
+    if (scales.nested_absmax) {
+      code = __ldg(static_cast<const uint8*>(scales.absmax) + block);
+      value = __ldg(scales.nested_absmax + (block >> scales.nested_shift));
+    } else {
+      value = __ldg(static_cast<const float*>(scales.absmax) + block);
+    }
+  }
+  __device__ float get(const Scales& scales) const {
+    if (!scales.nested_absmax) return value;
+    return __fadd_rn(__fmul_rn(__ldg(scales.nested_codebook + code), value), __ldg(scales.nested_offset));
+  }
+};
+
+template <class T, int kTokens>
+__device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weight4bit& weight, const T* bias, int64 M, int stages_each) {
+  using Stage = Stage<T, kTokens>;
+  constexpr int kTiles = kTokens / 8;
+  Stage* const stages = reinterpret_cast<Stage*>(shared + PairTable<T>::kWords);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int half = warp / 4, first_row = warp % 4 * 32;
+  const int64 N = weight.N, block_row = int64(blockIdx.x) * kRows, block_token = int64(blockIdx.y) * kTokens;
+  const int K = int(weight.K), begin = int(blockIdx.z) * stages_each * kDepth, end = min(K, begin + stages_each * kDepth);
+
+  const auto ask = [&](int number, int k) {
+    Stage& stage = stages[number % kStages];
+#pragma unroll
+    for (int i = threadIdx.x; i < kRows * (kDepth / 32); i += kThreads) {
+      const int row = i / (kDepth / 32), byte = i % (kDepth / 32) * 16;
+      const int64 element = min(block_row + row, N - 1) * K + k;  // what lies beyond the last row is not stored
+      if (k + 2 * byte < end) copy_ahead<16>(stage.codes_at(row, byte), weight.packed + element / 2 + byte);
+    }
+#pragma unroll
+    for (int i = threadIdx.x; i < kTokens * (kDepth / 8); i += kThreads) {
+      const int token = i / (kDepth / 8), column = i % (kDepth / 8) * 8;
+      if (k + column < end) copy_ahead<16>(stage.x_at(token, column), x + min(block_token + token, M - 1) * K + k + column);
+    }
+  };
+
+  // Each thread reads the scale of one row and half at a time, and puts it into its stage one step later.
+  const int scale_half = threadIdx.x / kRows, scale_row = threadIdx.x % kRows;
+  const int64 scale_element = min(block_row + scale_row, N - 1) * K;
+  const auto ask_scale = [&](int k) -> AskedScale {
+    const int column = min(k + scale_half * 64, K - 64);  // beyond the last it is not used
+    return {weight.scales, weight.first_block + ((scale_element + column) >> weight.blocksize_shift)};
+  };
+  const auto put_scale = [&](int number, const AskedScale& scale) {
+    stages[number % kStages].scales[scale_half][scale_row] = scale.get(weight.scales);
+  };
+
+  AskedScale first[kStages - 1] = {ask_scale(begin), ask_scale(begin + kDepth), ask_scale(begin + 2 * kDepth)};
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (begin + i * kDepth < end) ask(i, begin + i * kDepth);
+    end_copies();
+  }
+  PairTable<T>::fill(weight.codebook);
+  const uint32 table = PairTable<T>::address();
+#pragma unroll
+  for (int i = 0; i < kStages - 2; ++i) put_scale(i, first[i]);
+  AskedScale asked = first[kStages - 2];
+  float totals[2][kTiles][4] = {};
+  int number = 0;
+  for (int k = begin; k < end; k += kDepth, ++number) {
+    wait_for_copies<kStages - 2>();
+    put_scale(number + kStages - 2, asked);
+    __syncthreads();
+    asked = ask_scale(k + (kStages - 1) * kDepth);
+    if (k + (kStages - 1) * kDepth < end) ask(number + kStages - 1, k + (kStages - 1) * kDepth);
+    end_copies();
+    if (k + half * 64 >= end) continue;
+    Stage& stage = stages[number % kStages];
+    float sums[2][kTiles][4] = {};
+    uint2 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) codes[i] = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + 8 * i + g, half * 32) + t * 8);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {  // eight columns of each lane t
+      uint32 a[2][2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int upper = i / 2, step = i % 2;
+        const uint32 word0 = j ? codes[2 * upper].y : codes[2 * upper].x, word8 = j ? codes[2 * upper + 1].y : codes[2 * upper + 1].x;
+        PairTable<T>::fragment(a[upper][step], table, word0, word8, step);
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const uint4 b = *reinterpret_cast<const uint4*>(stage.x_at(8 * i + g, half * 64 + t * 16 + j * 8));
+#pragma unroll
+        for (int upper = 0; upper < 2; ++upper) {
+          multiply_tile<T>(sums[upper][i], a[upper][0], b.x, b.y);
+          multiply_tile<T>(sums[upper][i], a[upper][1], b.z, b.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      const float low = stage.scales[half][first_row + 16 * upper + g], high = stage.scales[half][first_row + 16 * upper + 8 + g];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) totals[upper][i][j] = fmaf(sums[upper][i][j], j < 2 ? low : high, totals[upper][i][j]);
+      }
+    }
+  }
+
+  // Add up the two halves of the columns.
+  wait_for_copies<0>();
+  __syncthreads();
+  float* const others = reinterpret_cast<float*>(stages) + (warp % 4 * 32 + lane);
+#pragma unroll
+  for (int i = 0; i < 8 * kTiles; ++i) {
+    if (half) others[i * kThreads / 2] = totals[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+  }
+  __syncthreads();
+  if (half) return;
+#pragma unroll
+  for (int i = 0; i < 8 * kTiles; ++i) {
+    const int upper = i / (4 * kTiles), tile = i / 4 % kTiles, j = i % 4;
+    const float sum = totals[upper][tile][j] + others[i * kThreads / 2];
+    const int64 row = block_row + first_row + 16 * upper + g + j / 2 * 8, token = block_token + 8 * tile + 2 * t + j % 2;
+    if (row >= N || token >= M) continue;
+    if (partial_sums) {
+      partial_sums[(blockIdx.z * M + token) * N + row] = sum;
+    } else {
+      y[token * N + row] = from_float<T>(bias ? sum + to_float(bias[row]) : sum);
+    }
+  }
+}
+
+template <class T>
+__device__ void add_partial_sums(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {
+  for (int64 i = int64(blockIdx.x) * kThreads + threadIdx.x; i < M * N; i += int64(gridDim.x) * kThreads) {
+    float sum = partial_sums[i];
+    for (int part = 1; part < parts; ++part) sum += partial_sums[part * M * N + i];
+    y[i] = from_float<T>(bias ? sum + to_float(bias[i % N]) : sum);
+  }
+}
+
+#define MANY_TOKENS(name, T, tokens, blocks)                                                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                                          \
+      gemm_4bit_many##tokens##_##name(T* y, float* partial_sums, const T* x, Weight4bit weight, const T* bias, int64 M,   \
+                                      int stages_each) {                                                                  \
+    multiply_many<T, tokens>(y, partial_sums, x, weight, bias, M, stages_each);                                           \
+  }
+#define MANY(name, T)                                                                                                     \
+  MANY_TOKENS(name, T, 32, 1)                                                                                             \
+  MANY_TOKENS(name, T, 64, 1)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                                  \
+      gemm_4bit_add_##name(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {                 \
+    add_partial_sums(y, partial_sums, bias, M, N, parts);                                                                 \
+  }
+
+MANY(float16, __half)
+MANY(bfloat16, __nv_bfloat16)
+#endif
