@@ -8,7 +8,6 @@
 #include "optimizer.h"
 #include "quantize_blocks.cuh"
 
-constexpr int kStepThreads = 320;  // two blocks of threads have 96 registers each
 constexpr int kPiece = 256;        // elements that a warp has in registers
 
 enum Algorithm { kAdam, kAmsgrad, kAdemamix, kLion, kSgd, kRmsprop, kAdagrad };
@@ -168,7 +167,7 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), absmax[k]);
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), i < count ? absmax[k] : 0.0f);
       } else {
         loaded[k].values(states[k]);
       }
@@ -190,14 +189,7 @@ struct Piece {
   // Include the states' magnitudes in `largest`.
   __device__ void compare(uint32 (&largest)[kCount]) const {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (vector) {
-        largest[k] = max(largest[k], largest_magnitude(states[k]));
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest[k] = max(largest[k], i < count ? magnitude_bits(states[k][i]) : 0);
-      }
-    }
+    for (int k = 0; k < kCount; ++k) largest[k] = max(largest[k], largest_magnitude(states[k]));
   }
 
   __device__ void store(const NearestCode8bit* codebooks, const uint32 (&largest)[kCount]) const {
@@ -304,8 +296,8 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
                      double2* sums, const NearestCode8bit* codebooks, int64 blocksize) {
   const Scalars s = device_scalars ? *device_scalars : scalars;
   int which = 0;
-  const int64 stride = int64(gridDim.x) * kStepThreads / 32;
-  for (int64 at = (int64(blockIdx.x) * kStepThreads + threadIdx.x) / 32; at < table.units; at += stride) {
+  const int64 stride = int64(gridDim.x) * blockDim.x / 32;
+  for (int64 at = (int64(blockIdx.x) * blockDim.x + threadIdx.x) / 32; at < table.units; at += stride) {
     while (at >= table.tensors[which].end) ++which;
     const Unit unit(table.tensors[which], at - (which ? table.tensors[which - 1].end : 0), blocksize);
     float absmax[states_of(kAlgorithm)] = {};

@@ -1,8 +1,10 @@
 // optimizer_step_8bit_blockwise_: a kernel for each algorithm and dtype.
 #include "optimizer.cuh"
 
+constexpr int kThreads = 320;  // two blocks of threads have 96 registers each
+
 #define STEP(algorithm, kAlgorithm, name, T)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kStepThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                            \
       step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,          \
                                      const float* ratios, double2* sums, const float* codebook1, const float* codebook2,       \
                                      const float* codebook3, int64 blocksize) {                                                \

@@ -18,24 +18,24 @@ namespace {
 using Addresses = std::vector<Address>;
 
 constexpr int kPiece = 256;  // elements of a unit of work without blocks, in optimizer.cuh
-constexpr int kUnitsAtOnce = 10;  // of a block of threads: one a warp
 
-#define BNB_STEPS(bits, algorithm)                             \
-  {                                                            \
-    {"optimizer_" bits, "step_" bits "_" algorithm "_float32", 320},  \
-    {"optimizer_" bits, "step_" bits "_" algorithm "_float16", 320},  \
-    {"optimizer_" bits, "step_" bits "_" algorithm "_bfloat16", 320}, \
+#define BNB_STEPS(bits, algorithm, threads)                               \
+  {                                                                       \
+    {"optimizer_" bits, "step_" bits "_" algorithm "_float32", threads},  \
+    {"optimizer_" bits, "step_" bits "_" algorithm "_float16", threads},  \
+    {"optimizer_" bits, "step_" bits "_" algorithm "_bfloat16", threads}, \
   }
-#define BNB_ALGORITHMS(bits)                                                                                                  \
-  {                                                                                                                           \
-    BNB_STEPS(bits, "adam"), BNB_STEPS(bits, "amsgrad"), BNB_STEPS(bits, "ademamix"), BNB_STEPS(bits, "lion"),                \
-        BNB_STEPS(bits, "sgd"), BNB_STEPS(bits, "rmsprop"), BNB_STEPS(bits, "adagrad"),                                       \
+#define BNB_ALGORITHMS(bits, threads)                                                                                \
+  {                                                                                                                  \
+    BNB_STEPS(bits, "adam", threads), BNB_STEPS(bits, "amsgrad", threads), BNB_STEPS(bits, "ademamix", threads),     \
+        BNB_STEPS(bits, "lion", threads), BNB_STEPS(bits, "sgd", threads), BNB_STEPS(bits, "rmsprop", threads),      \
+        BNB_STEPS(bits, "adagrad", threads),                                                                         \
   }
 
 constexpr int kAlgorithms = 7;
 const char* const kNames[kAlgorithms] = {"adam", "amsgrad", "ademamix", "lion", "sgd", "rmsprop", "adagrad"};
-Kernel kernels_32bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("32bit");
-Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit");
+Kernel kernels_32bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("32bit", 256);
+Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit", 320);
 Kernel scalars_kernel("optimizer", "step_scalars", 32);
 Kernel ratios_kernel("optimizer", "step_ratios", 256);
 
@@ -106,7 +106,7 @@ void step(const Call& call, Kernel& kernel, const Lists& lists, const Hyperparam
   int count = 0;
   for (std::size_t first = 0; first < lists.params.size(); first += count) {
     StepTensors table = tensors_from(lists, first, blocksize, quantized, &count);
-    Grid grid{blocks_for(call, kernel, ceil_div(table.units, kUnitsAtOnce))};
+    Grid grid{blocks_for(call, kernel, ceil_div(table.units, kernel.threads() / 32))};
     if (limited) {
       run(grid, table, scalars, device_scalars, none, sums);
       launch(call, ratios_kernel, {static_cast<unsigned>(count)}, ratios, table, sums, scalars.max_unorm);
