@@ -1,7 +1,7 @@
 // gemm_4bit for many rows of x, on tensor cores (sm_80 and up).
 //
 // A block multiplies 128 rows of W by kTokens rows of x. Codes, scales and x come through shared memory, 128 columns at a time,
-// kStages of them ahead. Half of the warps take the first 64 of these columns, half the others; a warp has 32 rows of W, whose codes
+// kStages of them ahead. Half of the warps take the first 64 of these columns, half the others; a warp has 16 rows of W, whose codes
 // become values in registers on the way to the tensor cores, each once. Sums of 64 columns, which have one scale, are scaled in
 // float32. Where N alone makes too few blocks, several share the columns: each writes its sums, and a second kernel adds them up.
 #include "copy_ahead.cuh"
@@ -9,7 +9,7 @@
 #include "pair_table.cuh"
 #include "weight_4bit.cuh"
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kRows = 128;  // of W
 constexpr int kDepth = 128;
 constexpr int kStages = 4;
@@ -51,34 +51,35 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
   constexpr int kTiles = kTokens / 8;
   Stage* const stages = reinterpret_cast<Stage*>(shared + PairTable<T>::kWords);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int half = warp / 4, first_row = warp % 4 * 32;
+  const int half = warp / 8, first_row = warp % 8 * 16;
   const int64 N = weight.N, block_row = int64(blockIdx.x) * kRows, block_token = int64(blockIdx.y) * kTokens;
   const int K = int(weight.K), begin = int(blockIdx.z) * stages_each * kDepth, end = min(K, begin + stages_each * kDepth);
 
+  // Each thread copies 16 bytes of codes and of kCopies rows of x. What lies beyond the last row is not stored.
+  constexpr int kCopies = kTokens * kDepth / 8 / kThreads;
+  const int codes_row = threadIdx.x / 4, codes_byte = threadIdx.x % 4 * 16, x_row = threadIdx.x / 16, x_column = threadIdx.x % 16 * 8;
+  const uint8* const codes_from = weight.packed + min(block_row + codes_row, N - 1) * (K / 2) + codes_byte;
+  const T* x_from[kCopies];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) x_from[i] = x + min(block_token + x_row + i * (kThreads / 16), M - 1) * K + x_column;
   const auto ask = [&](int number, int k) {
     Stage& stage = stages[number % kStages];
+    if (k + 2 * codes_byte < end) copy_ahead<16>(stage.codes_at(codes_row, codes_byte), codes_from + k / 2);
+    if (k + x_column < end) {
 #pragma unroll
-    for (int i = threadIdx.x; i < kRows * (kDepth / 32); i += kThreads) {
-      const int row = i / (kDepth / 32), byte = i % (kDepth / 32) * 16;
-      const int64 element = min(block_row + row, N - 1) * K + k;  // what lies beyond the last row is not stored
-      if (k + 2 * byte < end) copy_ahead<16>(stage.codes_at(row, byte), weight.packed + element / 2 + byte);
-    }
-#pragma unroll
-    for (int i = threadIdx.x; i < kTokens * (kDepth / 8); i += kThreads) {
-      const int token = i / (kDepth / 8), column = i % (kDepth / 8) * 8;
-      if (k + column < end) copy_ahead<16>(stage.x_at(token, column), x + min(block_token + token, M - 1) * K + k + column);
+      for (int i = 0; i < kCopies; ++i) copy_ahead<16>(stage.x_at(x_row + i * (kThreads / 16), x_column), x_from[i] + k);
     }
   };
 
-  // Each thread reads the scale of one row and half at a time, and puts it into its stage one step later.
-  const int scale_half = threadIdx.x / kRows, scale_row = threadIdx.x % kRows;
+  // Half of the threads read the scale of one row and half each, and put it into its stage one step later.
+  const int scale_half = threadIdx.x / kRows % 2, scale_row = threadIdx.x % kRows;
   const int64 scale_element = min(block_row + scale_row, N - 1) * K;
   const auto ask_scale = [&](int k) -> AskedScale {
     const int column = min(k + scale_half * 64, K - 64);  // beyond the last it is not used
     return {weight.scales, weight.first_block + ((scale_element + column) >> weight.blocksize_shift)};
   };
   const auto put_scale = [&](int number, const AskedScale& scale) {
-    stages[number % kStages].scales[scale_half][scale_row] = scale.get(weight.scales);
+    if (threadIdx.x < 2 * kRows) stages[number % kStages].scales[scale_half][scale_row] = scale.get(weight.scales);
   };
 
   AskedScale first[kStages - 1] = {ask_scale(begin), ask_scale(begin + kDepth), ask_scale(begin + 2 * kDepth)};
@@ -91,7 +92,7 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
 #pragma unroll
   for (int i = 0; i < kStages - 2; ++i) put_scale(i, first[i]);
   AskedScale asked = first[kStages - 2];
-  float totals[2][kTiles][4] = {};
+  float totals[kTiles][4] = {};
   int number = 0;
   for (int k = begin; k < end; k += kDepth, ++number) {
     wait_for_copies<kStages - 2>();
@@ -102,55 +103,43 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
     end_copies();
     if (k + half * 64 >= end) continue;
     Stage& stage = stages[number % kStages];
-    float sums[2][kTiles][4] = {};
-    uint2 codes[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) codes[i] = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + 8 * i + g, half * 32) + t * 8);
+    float sums[kTiles][4] = {};
+    const uint2 codes0 = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + g, half * 32) + t * 8);
+    const uint2 codes8 = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + 8 + g, half * 32) + t * 8);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {  // eight columns of each lane t
-      uint32 a[2][2][4];
+      uint32 a[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int upper = i / 2, step = i % 2;
-        const uint32 word0 = j ? codes[2 * upper].y : codes[2 * upper].x, word8 = j ? codes[2 * upper + 1].y : codes[2 * upper + 1].x;
-        PairTable<T>::fragment(a[upper][step], table, word0, word8, step);
-      }
+      for (int step = 0; step < 2; ++step) PairTable<T>::fragment(a[step], table, j ? codes0.y : codes0.x, j ? codes8.y : codes8.x, step);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const uint4 b = *reinterpret_cast<const uint4*>(stage.x_at(8 * i + g, half * 64 + t * 16 + j * 8));
-#pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          multiply_tile<T>(sums[upper][i], a[upper][0], b.x, b.y);
-          multiply_tile<T>(sums[upper][i], a[upper][1], b.z, b.w);
-        }
+      for (int i = 0; i < kTiles; i += 2) {  // two at a time: a product need not wait for the one before
+        const uint4 b[2] = {*reinterpret_cast<const uint4*>(stage.x_at(8 * i + g, half * 64 + t * 16 + j * 8)),
+                            *reinterpret_cast<const uint4*>(stage.x_at(8 * i + 8 + g, half * 64 + t * 16 + j * 8))};
+        multiply_tile<T>(sums[i], a[0], b[0].x, b[0].y);
+        multiply_tile<T>(sums[i + 1], a[0], b[1].x, b[1].y);
+        multiply_tile<T>(sums[i], a[1], b[0].z, b[0].w);
+        multiply_tile<T>(sums[i + 1], a[1], b[1].z, b[1].w);
       }
     }
+    const float low = stage.scales[half][first_row + g], high = stage.scales[half][first_row + 8 + g];
 #pragma unroll
-    for (int upper = 0; upper < 2; ++upper) {
-      const float low = stage.scales[half][first_row + 16 * upper + g], high = stage.scales[half][first_row + 16 * upper + 8 + g];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) totals[upper][i][j] = fmaf(sums[upper][i][j], j < 2 ? low : high, totals[upper][i][j]);
-      }
-    }
+    for (int i = 0; i < 4 * kTiles; ++i) totals[i / 4][i % 4] = fmaf(sums[i / 4][i % 4], i % 4 < 2 ? low : high, totals[i / 4][i % 4]);
   }
 
   // Add up the two halves of the columns.
   wait_for_copies<0>();
   __syncthreads();
-  float* const others = reinterpret_cast<float*>(stages) + (warp % 4 * 32 + lane);
+  float* const others = reinterpret_cast<float*>(stages) + threadIdx.x % (kThreads / 2);
 #pragma unroll
-  for (int i = 0; i < 8 * kTiles; ++i) {
-    if (half) others[i * kThreads / 2] = totals[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+  for (int i = 0; i < 4 * kTiles; ++i) {
+    if (half) others[i * (kThreads / 2)] = totals[i / 4][i % 4];
   }
   __syncthreads();
   if (half) return;
 #pragma unroll
-  for (int i = 0; i < 8 * kTiles; ++i) {
-    const int upper = i / (4 * kTiles), tile = i / 4 % kTiles, j = i % 4;
-    const float sum = totals[upper][tile][j] + others[i * kThreads / 2];
-    const int64 row = block_row + first_row + 16 * upper + g + j / 2 * 8, token = block_token + 8 * tile + 2 * t + j % 2;
+  for (int i = 0; i < 4 * kTiles; ++i) {
+    const float sum = totals[i / 4][i % 4] + others[i * (kThreads / 2)];
+    const int64 row = block_row + first_row + g + i % 4 / 2 * 8, token = block_token + i / 4 * 8 + 2 * t + i % 2;
     if (row >= N || token >= M) continue;
     if (partial_sums) {
       partial_sums[(blockIdx.z * M + token) * N + row] = sum;

@@ -105,12 +105,12 @@ bool fits_few(const Weight4bit& weight, Address x) {
          weight.scales.nested_shift >= 0;
 }
 
-// Warps that share a tile of 16 rows, as a power of two: so many that half of a multiprocessor's warps have work, whatever N is. A larger
-// share costs more for the exchange of sums than it gains.
+// Warps that share a tile of 16 rows, as a power of two: so many that about half of a multiprocessor's warps have work, whatever N is.
+// A larger share costs more for the exchange of sums than it gains.
 int split_shift(const Device& device, const Weight4bit& weight, int warps) {
   const std::int64_t tiles = ceil_div(weight.N, 16), pieces = ceil_div(weight.K, 256);
   int shift = 0;
-  while (shift < 4 && (2 << shift) <= pieces && warps % (2 << shift) == 0 && tiles * (3 << shift) < 16LL * device.multiprocessors) ++shift;
+  while ((2 << shift) <= std::min<std::int64_t>(pieces, 16) && warps % (2 << shift) == 0 && tiles << shift < 7LL * device.multiprocessors) ++shift;
   return shift;
 }
 
@@ -131,16 +131,16 @@ constexpr int kFewestStages = 4;  // that are worth a block
 constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 4 + tokens * 256); }
 
 Kernel many32_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_many32_float16", 256, many_shared_bytes(32)},
-    {"gemm_4bit_many", "gemm_4bit_many32_bfloat16", 256, many_shared_bytes(32)},
+    {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},
+    {"gemm_4bit_many", "gemm_4bit_many32_bfloat16", 512, many_shared_bytes(32)},
 };
 Kernel many64_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_many64_float16", 256, many_shared_bytes(64)},
-    {"gemm_4bit_many", "gemm_4bit_many64_bfloat16", 256, many_shared_bytes(64)},
+    {"gemm_4bit_many", "gemm_4bit_many64_float16", 512, many_shared_bytes(64)},
+    {"gemm_4bit_many", "gemm_4bit_many64_bfloat16", 512, many_shared_bytes(64)},
 };
 Kernel add_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_add_float16", 256},
-    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
+    {"gemm_4bit_many", "gemm_4bit_add_float16", 512},
+    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 512},
 };
 
 // How the kernels for many rows cut a product: rows of x in a tile, and blocks that share the columns, `stages` stages each.
@@ -182,7 +182,7 @@ void multiply_many(const Call& call, int dtype, Address out, Address x, const We
   });
   if (cut.parts > 1) {
     Kernel& add = add_kernels[index];
-    launch(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 256))}, out, sums, bias, M, weight.N, cut.parts);
+    launch(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 512))}, out, sums, bias, M, weight.N, cut.parts);
   }
 }
 
@@ -224,6 +224,21 @@ void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Ad
   });
 }
 
+Kernel panel_kernel("gemm_4bit_panel", "gemm_4bit_panel", 256);
+
+// Dequantize a part of a weight to bfloat16. K and the column numbers are multiples of 8, `packed` of 4.
+void gemm_4bit_panel(int device, Address stream, Address out, Address packed, Address absmax, Address codebook, std::int64_t blocksize,
+                     std::int64_t N, std::int64_t K, std::int64_t first_row, std::int64_t rows, std::int64_t first_column,
+                     std::int64_t columns, Address nested_absmax, Address nested_codebook, Address nested_offset,
+                     std::int64_t nested_blocksize) {
+  Call call("gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  const std::int64_t across = ceil_div(columns, 8 * 256), down = ceil_div(panel_kernel.on(call.device).resident_blocks, across);
+  const Grid grid{static_cast<unsigned>(across), static_cast<unsigned>(std::min({ceil_div(rows, 4), down, kMostGridRows}))};
+  launch(call, panel_kernel, grid, out, weight, first_row, rows, first_column, columns);
+}
+
 void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
                        Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
                        bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
@@ -247,6 +262,7 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
   module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
+  module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
   module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
 }
 

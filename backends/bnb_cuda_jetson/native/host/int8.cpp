@@ -11,7 +11,7 @@ namespace {
 constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
 constexpr int kAnyRows = 32;                   // tile of tiled_product.cuh
 constexpr int kAnyOutputs = 64;
-constexpr unsigned kFewBytes = 64 * 1024;      // shared memory of int8_few.cu: codes of x and the mask
+constexpr unsigned kFewBytes = 64 * 1024;      // shared memory of int8_few.cu: codes of x and the list of outliers
 
 #define BNB_FLOATS(unit, name, ...) \
   { {unit, name "_float32", __VA_ARGS__}, {unit, name "_float16", __VA_ARGS__}, {unit, name "_bfloat16", __VA_ARGS__} }
@@ -115,8 +115,8 @@ void int8_dequantize_rows(int device, Address stream, Address out, int dtype, Ad
 }
 
 // Whether a call is one kernel that quantizes x itself.
-bool fits_few(const Device&, std::int64_t rows, std::int64_t K, Address codes) {
-  return rows <= 4 && K % 16 == 0 && codes % 16 == 0 && ((rows == 1 ? 1 : 4) + 1) * K <= static_cast<std::int64_t>(kFewBytes);
+bool fits_few(std::int64_t rows, std::int64_t K, Address codes) {
+  return rows <= 4 && K % 16 == 0 && codes % 16 == 0 && ((rows == 1 ? 1 : 4) + 2) * K <= static_cast<std::int64_t>(kFewBytes);
 }
 
 // Bytes that a call needs besides its arguments, in this order: codes of x, their absmax, the mask of outlier columns.
@@ -128,7 +128,7 @@ void int8_linear(int device, Address stream, Address out, int dtype, Address x, 
                  float threshold, std::int64_t rows, std::int64_t N, std::int64_t K, Address scratch) {
   Call call("int8_linear", device, stream);
   Linear linear{out, x, 0, codes, absmax, 0, bias, rows, N, K};
-  if (fits_few(call.device, rows, K, codes)) {
+  if (fits_few(rows, K, codes)) {
     Kernel& kernel = rows == 1 ? linear_one_kernels[dtype] : linear_four_kernels[dtype];
     launch(call, kernel, {blocks_for(call, kernel, ceil_div(N, 2 * 16))}, linear, threshold);
     return;

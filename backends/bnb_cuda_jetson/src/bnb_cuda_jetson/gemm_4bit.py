@@ -8,20 +8,34 @@ import torch
 
 from bnb_core.backends import Call
 from bnb_core.ops.spec import Nested
-from bnb_cuda_jetson import _native
+from bnb_cuda_jetson import _native, panels
 from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
 
 
-#: Rows of x from which a product may need scratch memory; below, asking would cost more than the answer.
+#: Rows of x from which a product may need scratch memory; for fewer, asking would cost more than the answer.
 _SCRATCH_FROM = 17
+
+
+def _panel_size(x: torch.Tensor, packed: torch.Tensor, blocksize: int, N: int, K: int, transposed: bool) -> int:
+    """Return the size of panels, or 0 to multiply by the codes themselves."""
+    if x.dtype != torch.bfloat16 or packed.data_ptr() % 4:
+        return 0
+    return panels.panel_size(x.get_device(), x.numel() // (N if transposed else K), N, K, blocksize, transposed)
 
 
 def _scratch(call: Call) -> int:
     M = call.x.numel() // call.K
     if M < _SCRATCH_FROM:
         return 0
-    size: int = _native.gemm_4bit_scratch(call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize)
-    return size
+    size = _panel_size(call.x, call.packed, call.blocksize, call.N, call.K, transposed=False)
+    if size:
+        return 2 * size * int(call.K)
+    sums: int = _native.gemm_4bit_scratch(call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize)
+    return sums
+
+
+def _scratch_transposed(call: Call) -> int:
+    return 2 * int(call.N) * _panel_size(call.g, call.packed, call.blocksize, call.N, call.K, transposed=True)
 
 
 @kernel("gemm_4bit", scratch=_scratch)
@@ -40,6 +54,11 @@ def gemm_4bit(
     scratch: torch.Tensor,
 ) -> None:
     """Fill `out` with x W^T + bias."""
+    M = x.numel() // K
+    size = _panel_size(x, packed, blocksize, N, K, transposed=False) if M >= panels.FEWEST_ROWS else 0
+    if size:
+        panels.multiply(x, packed, absmax, codebook, blocksize, N, K, bias, nested, False, size, out, scratch)
+        return
     device = x.get_device()
     _native.gemm_4bit(
         device,
@@ -47,7 +66,7 @@ def gemm_4bit(
         out.data_ptr(),
         DTYPES[x.dtype],
         x.data_ptr(),
-        x.numel() // K,
+        M,
         packed.data_ptr(),
         absmax.data_ptr(),
         codebook.data_ptr(),
@@ -60,7 +79,7 @@ def gemm_4bit(
     )
 
 
-@kernel("gemm_4bit_transposed")
+@kernel("gemm_4bit_transposed", scratch=_scratch_transposed)
 def gemm_4bit_transposed(
     g: torch.Tensor,
     packed: torch.Tensor,
@@ -72,8 +91,13 @@ def gemm_4bit_transposed(
     nested: Optional[Nested],
     *,
     out: torch.Tensor,
+    scratch: torch.Tensor,
 ) -> None:
     """Fill `out` with g W."""
+    size = _panel_size(g, packed, blocksize, N, K, transposed=True)
+    if size:
+        panels.multiply(g, packed, absmax, codebook, blocksize, N, K, None, nested, True, size, out, scratch)
+        return
     device = g.get_device()
     _native.gemm_4bit_transposed(
         device,
