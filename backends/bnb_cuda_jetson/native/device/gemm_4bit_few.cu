@@ -470,7 +470,7 @@ SCALAR(float32, float)
   PLAIN_AND_NESTED(one_##name, T, 16, 12, OneRowDot<T, 64>)         \
   PLAIN_AND_NESTED(rows4_##name, T, 16, 16, RowsDot<T, 32, 2, 1>)   \
   PLAIN_AND_NESTED(rows8_##name, T, 16, 16, RowsDot<T, 16, 1, 1>)   \
-  PLAIN_AND_NESTED(rows16_##name, T, 12, 12, RowsDot<T, 16, 1, 2>)  \
+  PLAIN_AND_NESTED(rows16_##name, T, 16, 12, RowsDot<T, 16, 1, 2>)  \
   PLAIN_AND_NESTED(blocks32_##name, T, 12, 12, RowsDot<T, 32, 4, 1>)
 TENSOR(float16, __half)
 TENSOR(bfloat16, __nv_bfloat16)

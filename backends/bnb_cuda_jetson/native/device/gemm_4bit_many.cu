@@ -19,30 +19,12 @@ template <class T, int kTokens>
 struct Stage {
   uint8 codes[kRows][kDepth / 2];
   float scales[2][kRows];
+  uint32 scale_words[2][kRows];  // of nested scales: words that hold their codes
   T x[kTokens][kDepth];
 
   // Where 16 bytes are: so exchanged that the lanes that read together meet in no bank.
   __device__ uint8* codes_at(int row, int byte) { return &codes[row][byte ^ (row / 2 % 2 * 32)]; }
   __device__ T* x_at(int token, int column) { return &x[token][column ^ (token % 2 * 8)]; }
-};
-
-// A scale as it is in memory: of a nested one, that of its group and its code.
-struct AskedScale {
-  float value;
-  uint8 code;
-
-  __device__ AskedScale(const Scales& scales, int64 block) {
-    if (scales.nested_absmax) {
-      code = __ldg(static_cast<const uint8*>(scales.absmax) + block);
-      value = __ldg(scales.nested_absmax + (block >> scales.nested_shift));
-    } else {
-      value = __ldg(static_cast<const float*>(scales.absmax) + block);
-    }
-  }
-  __device__ float get(const Scales& scales) const {
-    if (!scales.nested_absmax) return value;
-    return __fadd_rn(__fmul_rn(__ldg(scales.nested_codebook + code), value), __ldg(scales.nested_offset));
-  }
 };
 
 template <class T, int kTokens>
@@ -62,6 +44,13 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
   const T* x_from[kCopies];
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) x_from[i] = x + min(block_token + x_row + i * (kThreads / 16), M - 1) * K + x_column;
+  // Half of the threads copy the scale of one row and half of the columns each; of a nested scale its group's, and its code.
+  const Scales& all = weight.scales;
+  const int scale_half = threadIdx.x / kRows, scale_row = threadIdx.x % kRows;
+  const int64 scale_element = min(block_row + scale_row, N - 1) * K + scale_half * 64;
+  const auto block_of = [&](int k) { return weight.first_block + ((scale_element + k) >> weight.blocksize_shift); };
+  const auto has_scale = [&](int k) { return scale_half < 2 && k + scale_half * 64 < end; };
+
   const auto ask = [&](int number, int k) {
     Stage& stage = stages[number % kStages];
     if (k + 2 * codes_byte < end) copy_ahead<16>(stage.codes_at(codes_row, codes_byte), codes_from + k / 2);
@@ -69,36 +58,40 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) copy_ahead<16>(stage.x_at(x_row + i * (kThreads / 16), x_column), x_from[i] + k);
     }
+    if (has_scale(k)) {
+      const int64 block = block_of(k);
+      float* const to = &stage.scales[scale_half][scale_row];
+      if (all.nested_absmax) {
+        const size_t code = reinterpret_cast<size_t>(all.absmax) + block;
+        copy_ahead<4>(&stage.scale_words[scale_half][scale_row], reinterpret_cast<const void*>(code & ~size_t(3)));
+        copy_ahead<4>(to, all.nested_absmax + (block >> all.nested_shift));
+      } else {
+        copy_ahead<4>(to, static_cast<const float*>(all.absmax) + block);
+      }
+    }
+  };
+  // Turn what this thread copied of a nested scale into the scale.
+  const auto settle = [&](int number, int k) {
+    if (!all.nested_absmax || !has_scale(k)) return;
+    Stage& stage = stages[number % kStages];
+    const uint32 byte = uint32(reinterpret_cast<size_t>(all.absmax) + block_of(k)) & 3;
+    const uint32 code = stage.scale_words[scale_half][scale_row] >> 8 * byte & 255;
+    float& scale = stage.scales[scale_half][scale_row];
+    scale = __fadd_rn(__fmul_rn(__ldg(all.nested_codebook + code), scale), __ldg(all.nested_offset));
   };
 
-  // Half of the threads read the scale of one row and half each, and put it into its stage one step later.
-  const int scale_half = threadIdx.x / kRows % 2, scale_row = threadIdx.x % kRows;
-  const int64 scale_element = min(block_row + scale_row, N - 1) * K;
-  const auto ask_scale = [&](int k) -> AskedScale {
-    const int column = min(k + scale_half * 64, K - 64);  // beyond the last it is not used
-    return {weight.scales, weight.first_block + ((scale_element + column) >> weight.blocksize_shift)};
-  };
-  const auto put_scale = [&](int number, const AskedScale& scale) {
-    if (threadIdx.x < 2 * kRows) stages[number % kStages].scales[scale_half][scale_row] = scale.get(weight.scales);
-  };
-
-  AskedScale first[kStages - 1] = {ask_scale(begin), ask_scale(begin + kDepth), ask_scale(begin + 2 * kDepth)};
   for (int i = 0; i < kStages - 1; ++i) {
     if (begin + i * kDepth < end) ask(i, begin + i * kDepth);
     end_copies();
   }
   PairTable<T>::fill(weight.codebook);
   const uint32 table = PairTable<T>::address();
-#pragma unroll
-  for (int i = 0; i < kStages - 2; ++i) put_scale(i, first[i]);
-  AskedScale asked = first[kStages - 2];
   float totals[kTiles][4] = {};
   int number = 0;
   for (int k = begin; k < end; k += kDepth, ++number) {
     wait_for_copies<kStages - 2>();
-    put_scale(number + kStages - 2, asked);
+    settle(number, k);
     __syncthreads();
-    asked = ask_scale(k + (kStages - 1) * kDepth);
     if (k + (kStages - 1) * kDepth < end) ask(number + kStages - 1, k + (kStages - 1) * kDepth);
     end_copies();
     if (k + half * 64 >= end) continue;

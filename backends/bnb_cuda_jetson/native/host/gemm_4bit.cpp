@@ -77,7 +77,7 @@ constexpr unsigned kValueTable = 16 * 32;
 FewKernel one_row[2] = BNB_SIXTEEN_BITS("one", 1, 64, 16, 12);
 FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
 FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
-FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 12, 12);
+FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 16, 12);
 FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
 
 // Of float32, and before sm_80 of all three.
@@ -105,13 +105,24 @@ bool fits_few(const Weight4bit& weight, Address x) {
          weight.scales.nested_shift >= 0;
 }
 
-// Warps that share a tile of 16 rows, as a power of two: so many that about half of a multiprocessor's warps have work, whatever N is.
-// A larger share costs more for the exchange of sums than it gains.
+// Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
+// one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
+// those of a multiprocessor slow each other down.
 int split_shift(const Device& device, const Weight4bit& weight, int warps) {
+  constexpr double kWarpsAtFullSpeed = 8;
   const std::int64_t tiles = ceil_div(weight.N, 16), pieces = ceil_div(weight.K, 256);
-  int shift = 0;
-  while ((2 << shift) <= std::min<std::int64_t>(pieces, 16) && warps % (2 << shift) == 0 && tiles << shift < 7LL * device.multiprocessors) ++shift;
-  return shift;
+  int best_shift = 0;
+  double best = 0;
+  for (int shift = 0; shift <= 4 && (1 << shift) <= pieces && warps % (1 << shift) == 0; ++shift) {
+    const std::int64_t teams = static_cast<std::int64_t>(device.multiprocessors) * (warps >> shift);
+    const double busy = static_cast<double>(std::min(tiles, teams) << shift) / device.multiprocessors;
+    const double cost = ceil_div(tiles, teams) * (ceil_div(pieces, 1 << shift) + 1) * std::max(kWarpsAtFullSpeed, busy);
+    if (!shift || cost < best) {
+      best = cost;
+      best_shift = shift;
+    }
+  }
+  return best_shift;
 }
 
 void multiply_few(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M) {
@@ -128,7 +139,7 @@ constexpr int kManyRows = 128;    // of W that a block multiplies
 constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
 constexpr int kFewestStages = 4;  // that are worth a block
 
-constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 4 + tokens * 256); }
+constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
 
 Kernel many32_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},

@@ -19,11 +19,11 @@ PANEL_BYTES = 32 << 20
 #: Rows of x below which panels are never faster, so that nothing is worked out.
 FEWEST_ROWS = 64
 
-#: Floating-point operations that a multiprocessor does in a clock: torch's product (about two thirds of the tensor cores' best), by
+#: Floating-point operations that a multiprocessor does in a clock in torch's product, about two thirds of the tensor cores' best, by
 #: compute capability; the next lower one counts.
-_LIBRARY_RATES = {80: 1400.0, 86: 700.0, 90: 2700.0, 110: 2700.0}
-#: The same of the kernels that multiply by the codes: measured on sm_90, and in proportion to the tensor cores elsewhere.
-_FUSED_RATES = {80: 900.0, 86: 450.0, 90: 900.0, 110: 900.0}
+_LIBRARY_RATES = {80: 1400.0, 90: 2700.0}
+#: The same of the kernels that multiply by the codes: shared memory bounds them, which is as wide everywhere. Measured on sm_90.
+_FUSED_RATE = 520.0
 #: The same of the kernels for any shape, in float32.
 _SCALAR_RATE = 60.0
 #: Share of the memory's nominal speed that is reached, and microseconds that a launch takes after another.
@@ -39,11 +39,12 @@ class Costs:
     """
 
     def __init__(self, device: Any) -> None:
-        self._clocks = device.multiprocessors * device.clock_kilohertz / 1e3  # of all multiprocessors, in a microsecond
+        clocks = device.multiprocessors * device.clock_kilohertz / 1e3  # of all multiprocessors, in a microsecond
         self._bytes = 2 * device.memory_clock_kilohertz / 1e3 * device.memory_bus_bits / 8 * _MEMORY_SHARE
-        self._library = self._clocks * _rate(_LIBRARY_RATES, device.compute_capability)
-        self._fused = self._clocks * _rate(_FUSED_RATES, device.compute_capability)
-        self._scalar = self._clocks * _SCALAR_RATE
+        known = [capability for capability in _LIBRARY_RATES if capability <= device.compute_capability]
+        self._library = clocks * _LIBRARY_RATES[max(known, default=min(_LIBRARY_RATES))]
+        self._fused = clocks * _FUSED_RATE
+        self._scalar = clocks * _SCALAR_RATE
 
     def by_panels(self, M: int, N: int, K: int) -> float:
         """Estimate a product by way of panels: codes are read, values written and read, and multiplied."""
@@ -57,10 +58,6 @@ class Costs:
     def scalar(self, M: int, N: int, K: int) -> float:
         """Estimate a product by the kernels for any shape."""
         return _LAUNCH + 2 * M * N * K / self._scalar
-
-
-def _rate(rates: "dict[int, float]", compute_capability: int) -> float:
-    return rates[max([known for known in rates if known <= compute_capability], default=min(rates))]
 
 
 @lru_cache(maxsize=None)
