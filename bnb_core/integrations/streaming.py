@@ -18,6 +18,7 @@ from bnb_core import __version__
 from bnb_core.errors import CheckpointError, InvalidArgumentError, StorageError
 from bnb_core.integrations.checkpoint_folder import CONFIG_FILE, INDEX_FILE, CheckpointFolder
 from bnb_core.integrations.layer_names import LayerNames, find_layers
+from bnb_core.integrations.new_folder import NewFolder
 from bnb_core.integrations.report import QuantizationReport, QuantizedLayer
 from bnb_core.integrations.safetensors_file import (
     ALIGNMENT,
@@ -88,10 +89,11 @@ def quantize_checkpoint(
         raise InvalidArgumentError(f"the format is {to!r}; transformers loads only 'int8', 'fp4' and 'nf4'")
     final = Path(destination)
     try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise InvalidArgumentError(f"{final} exists and is not an empty folder; choose another, or remove it")
-        conversion = _Conversion(CheckpointFolder(source), final, form, skip, torch.device(device), progress)
-        return conversion.run()
+        checkpoint = CheckpointFolder(source)
+        with NewFolder(final) as folder:
+            return _Conversion(checkpoint, folder, form, skip, torch.device(device), progress).run()
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(
             f"{error.filename or final}: {error.strerror or error}. Files that are finished are kept: run it again to go on"
@@ -104,7 +106,7 @@ class _Conversion:
     def __init__(
         self,
         source: CheckpointFolder,
-        final: Path,
+        folder: NewFolder,
         form: WeightFormat,
         skip: Sequence[str],
         device: torch.device,
@@ -112,12 +114,12 @@ class _Conversion:
     ) -> None:
         if "quantization_config" in source.config:
             raise CheckpointError(f"{source.folder} is quantized already, as its {CONFIG_FILE} says; start from the original")
-        self.source, self.final, self.form, self.device, self.progress = source, final, form, device, progress
+        self.source, self.folder, self.form, self.device, self.progress = source, folder, form, device, progress
         entries = source.entries
         self.layers: LayerNames = find_layers(entries, source.config, skip)
         if not self.layers.quantized:
             raise InvalidArgumentError(f"{source.folder} has no weights of linear layers to quantize, by their names")
-        self.work = final.resolve().with_name(f"{final.resolve().name}.partial")
+        self.work = folder.work
         dtypes = {entries[f"{name}.weight"].dtype for name in self.layers.quantized}
         common = DTYPES[dtypes.pop()] if len(dtypes) == 1 else torch.float32
         self.quantization_config = form.to_config(self.layers.told, common)
@@ -132,13 +134,11 @@ class _Conversion:
                 continue
             digest = self._convert(file)
             self.finished[file] = {"bytes": (self.work / file).stat().st_size, "sha256": digest}
-            self._write_json(MANIFEST, {"task": self._task(), "finished": self.finished})
+            self.folder.write_json(MANIFEST, {"task": self._task(), "finished": self.finished})
         report = self._report()
         self._write_companions()
         (self.work / MANIFEST).unlink()
-        if self.final.exists():
-            self.final.rmdir()
-        self.work.replace(self.final)
+        self.folder.publish()
         return report
 
     # -------------------------------------------------------------------------------------------------------------------- resume
@@ -160,9 +160,8 @@ class _Conversion:
             recorded = dict(manifest["finished"]) if same else {}
         except (OSError, ValueError, KeyError, TypeError):
             same, recorded = False, {}
-        if not same and self.work.exists():
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
+        if not same:
+            self.folder.clear()
         for file, record in recorded.items():
             path = self.work / file
             if path.is_file() and path.stat().st_size == record["bytes"] and content_digest(path) == record["sha256"]:
@@ -284,19 +283,14 @@ class _Conversion:
         for path in sorted(self.source.folder.iterdir()):
             if path.is_file() and path.name != CONFIG_FILE and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(path, self.work / path.name)
-        self._write_json(CONFIG_FILE, {**self.source.config, "quantization_config": self.quantization_config})
+        self.folder.write_json(CONFIG_FILE, {**self.source.config, "quantization_config": self.quantization_config})
         if self.source.sharded:
             places, total = {}, 0
             for file in self.source.files:
                 with SafetensorsReader(self.work / file) as reader:
                     places.update(dict.fromkeys(reader.entries, file))
                     total += _total(reader.entries)
-            self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        part = self.work / f"{name}.part"
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        part.replace(self.work / name)
+            self.folder.write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
 def _now_if_waiting(pieces: Iterator[torch.Tensor], nbytes: int) -> Any:

@@ -1,5 +1,6 @@
 """Modules with quantized weights, and their parameters."""
 
+from bnb_core.nn import modules as modules  # not in __all__: it holds the same classes
 from bnb_core.nn.embedding import Embedding, StableEmbedding
 from bnb_core.nn.experts import Experts4bit, Routing
 from bnb_core.nn.linear4bit import Linear4bit, LinearFP4, LinearNF4

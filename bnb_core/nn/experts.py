@@ -14,7 +14,6 @@ from bnb_core.ops.indices import check_index_values, require_indices
 from bnb_core.ops.plain import ordinary_execution
 from bnb_core.quantization.codebooks import get_4bit_type
 from bnb_core.quantization.int8 import as_rows
-from bnb_core.quantization.layout import as_bytes
 
 
 class Routing:
@@ -167,7 +166,7 @@ class Experts4bit(Module4bit):
         experts, N, K = state.shape
         y = grouped_gemm_4bit(
             x.to(self.compute_dtype or x.dtype),
-            as_bytes(plain_data(weight)).view(experts, N * K // 2),
+            self._bytes(plain_data(weight)).view(experts, N * K // 2),
             state.absmax.view(experts, N * K // state.blocksize),
             state.code,
             state.blocksize,

@@ -9,9 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.nn.module4bit import Module4bit, require_compute_dtype
 from bnb_core.nn.parameters import Params4bit, plain_data
-from bnb_core.ops import gemm_4bit
 from bnb_core.quantization.codebooks import get_4bit_type
-from bnb_core.quantization.layout import as_bytes
 
 
 class Linear4bit(Module4bit, torch.nn.Linear):
@@ -76,15 +74,14 @@ class Linear4bit(Module4bit, torch.nn.Linear):
             NotQuantizedError: the weight has not been quantized.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight = self.weight
-        bias: Optional[torch.Tensor] = self.bias
+        weight, bias = self._parameter("weight"), self._parameter("bias")
         state = self._statistics(weight)
         if state is None:
             raise self._not_quantized()
-        if not x.is_floating_point():
-            raise InvalidArgumentError(f"{type(self).__name__}: the input is {x.dtype}; cast it to a floating-point dtype")
-        # Each call of a tensor's method takes a microsecond, so that none is made in vain.
         given = x.dtype
+        if not given.is_floating_point:
+            raise InvalidArgumentError(f"{type(self).__name__}: the input is {given}; cast it to a floating-point dtype")
+        # Each call of a tensor's method takes a microsecond, so that none is made in vain.
         dtype = self._dtype_to_compute_in(given)
         if dtype != given:
             x = x.to(dtype)
@@ -92,9 +89,8 @@ class Linear4bit(Module4bit, torch.nn.Linear):
             bias = bias.to(dtype)
         packed = plain_data(weight)
         if packed.dtype != torch.uint8:
-            packed = as_bytes(packed)
-        N, K = state.shape
-        y = gemm_4bit(x, packed, state.absmax, state.code, state.blocksize, N, K, bias, state.nested_statistics)
+            packed = self._bytes(packed)
+        y = state.multiply(x, packed, bias)
         return y if dtype == given else y.to(given)
 
     def set_compute_type(self, x: torch.Tensor) -> None:

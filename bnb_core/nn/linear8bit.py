@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from typing import Any, Tuple
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError, NotQuantizedError
-from bnb_core.nn.module8bit import Module8bit
+from bnb_core.nn.module8bit import Module8bit, ModuleState
 from bnb_core.nn.parameters import Int8Params, plain_data
 from bnb_core.ops import int8_linear
 from bnb_core.quantization.products import MatmulLtState, matmul
@@ -33,7 +33,8 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
         device: where to make the unquantized weight; that does not quantize it.
 
     Attributes:
-        state: a `MatmulLtState` of which `SCB` is the absmax of the weight's rows, float32 [output_features], once it is quantized.
+        state: a `MatmulLtState` of which, once the weight is quantized, `CB` is its codes and `SCB` the absmax of its rows,
+            float32 [output_features].
 
     Shape:
         Input [..., input_features], output [..., output_features].
@@ -58,9 +59,8 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             raise InvalidArgumentError("Linear8bitLt: index must be None; no weight here has its columns in another order")
         super().__init__(input_features, output_features, bias, device)
         self.index = index
-        self.state = MatmulLtState(
-            threshold=threshold, has_fp16_weights=has_fp16_weights, use_pool=threshold > 0.0 and not has_fp16_weights
-        )
+        self.state = ModuleState(self, threshold, has_fp16_weights)
+        self.state.use_pool = threshold > 0.0 and not has_fp16_weights
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,7 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
             NotQuantizedError: the weight is codes without scales.
             InvalidArgumentError: a dtype, shape or device of x that is not accepted.
         """
-        weight, threshold = self.weight, self.state.threshold
-        bias: Optional[torch.Tensor] = self.bias
+        weight, bias, threshold = self._parameter("weight"), self._parameter("bias"), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, weight, bias=bias, state=MatmulLtState(threshold=threshold))
         absmax = self._statistics(weight)
@@ -94,7 +93,7 @@ class Linear8bitLt(Module8bit, torch.nn.Linear):
     def init_8bit_state(self) -> None:
         """Leave the codes and scales of the weight to `state` alone, as bitsandbytes does at the first call. Never necessary."""
         if self.weight.SCB is not None:
-            self.state.CB, self.state.SCB = self.weight.data, self.weight.SCB
+            self.state.SCB = self.weight.SCB
             self.weight.CB = self.weight.SCB = None
 
     def _weight_shape(self) -> Tuple[int, ...]:

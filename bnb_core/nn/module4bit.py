@@ -11,7 +11,9 @@ from bnb_core.errors import InvalidArgumentError, NotQuantizedError
 from bnb_core.nn.parameters import Params4bit, map_quant_state
 from bnb_core.nn.quantized_module import QuantizedModule
 from bnb_core.ops.checks import FLOAT_DTYPES
+from bnb_core.ops.sharded import is_sharded
 from bnb_core.quantization.checkpoint import PACKED_PREFIX
+from bnb_core.quantization.layout import as_bytes
 from bnb_core.quantization.state import QuantState
 
 #: Start of the name under which a checkpoint has the statistics that are not tensors.
@@ -22,12 +24,27 @@ class Module4bit(QuantizedModule):
     """A module of which `weight` is a `Params4bit`, and `quant_state` the statistics that belong to its codes."""
 
     quant_state: Optional[QuantState] = None
+    quant_storage: torch.dtype = torch.uint8
 
     def _not_quantized(self) -> NotQuantizedError:
         return NotQuantizedError(
             f"{type(self).__name__}: the weight is not quantized; move the module to a device first, "
             "by .to(device), .cuda() or .cpu()"
         )
+
+    def _bytes(self, data: torch.Tensor) -> torch.Tensor:
+        """Return the packed bytes of the weight's data.
+
+        Raises:
+            InvalidArgumentError: something that took the codes for numbers has cast them.
+        """
+        if data.dtype != torch.uint8 and data.dtype != self.quant_storage and not isinstance(self.weight, Params4bit):
+            raise InvalidArgumentError(
+                f"{type(self).__name__}: the packed weight was stored as {self.quant_storage} and has been cast to {data.dtype}, "
+                "which destroys it; where mixed precision casts what it gathers, choose its param_dtype as quant_storage, or "
+                "torch.uint8"
+            )
+        return as_bytes(data)
 
     # ---------------------------------------------------------------------------------------------------------------- statistics
 
@@ -41,6 +58,8 @@ class Module4bit(QuantizedModule):
         self.quant_state = statistics
         if isinstance(self.weight, Params4bit):
             self.weight.quant_state = statistics
+        else:
+            self._name_entries(statistics)
 
     def _map_statistics(self, statistics: QuantState, move: Any) -> QuantState:
         return map_quant_state(statistics, move)
@@ -48,6 +67,7 @@ class Module4bit(QuantizedModule):
     def _adopt(self, weight: torch.Tensor) -> None:
         if isinstance(weight, Params4bit):
             self.quant_state = weight.quant_state if weight.bnb_quantized else None
+            self.quant_storage = weight.dtype if weight.bnb_quantized else weight.quant_storage
 
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -57,6 +77,15 @@ class Module4bit(QuantizedModule):
         if state is not None:
             for name, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = value if keep_vars else value.detach()
+            self._name_entries(state)
+
+    def _name_entries(self, state: QuantState) -> None:
+        """Have sharded checkpointing find a sharded weight's entries by their names, as it does those of a `Params4bit`."""
+        if is_sharded(self.weight):
+            self.weight.quant_state = state  # which has "quant_state.bitsandbytes__nf4"
+            for name, value in state.as_dict().items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self.weight, name, value)
 
     def _load_weight(self, entries: Dict[str, Any], assign: bool, missing: List[str], errors: List[str]) -> Set[str]:
         source = entries["weight"].data
@@ -71,6 +100,8 @@ class Module4bit(QuantizedModule):
         missing.extend(f"weight.{name}" for name in missing_statistics(saved, described.quant_type))
         if missing:
             return handled
+        if is_sharded(self.weight):
+            return handled - self._load_sharded(source, saved, errors)
         device = source.device if assign or self.weight.is_meta else self.weight.device
         new = Params4bit.from_prequantized(source, saved, device=device)
         assert new.quant_state is not None
@@ -84,6 +115,18 @@ class Module4bit(QuantizedModule):
         self._replace_weight(new, assign)
         return handled
 
+    def _load_sharded(self, source: torch.Tensor, saved: Dict[str, Any], errors: List[str]) -> Set[str]:
+        """Load the statistics of a sharded weight, and return what is left to load as it would be in any module: the codes."""
+        state = QuantState.from_dict(saved, device=self.weight.device)
+        if tuple(state.shape) != self._weight_shape() or source.dtype != self.weight.dtype:
+            errors.append(
+                f"the checkpoint's weight is of shape {list(state.shape)} in {source.dtype}, the module's of shape "
+                f"{list(self._weight_shape())} in {self.weight.dtype}; a sharded one cannot be replaced by another kind."
+            )
+            return set()
+        self._keep_statistics(map_quant_state(state, torch.clone))
+        return {"weight"}
+
     def _load_values(self, source: torch.Tensor, assign: bool) -> Set[str]:
         """Load floating-point values."""
         weight, quantized = self.weight, self._statistics(self.weight) is not None
@@ -92,6 +135,23 @@ class Module4bit(QuantizedModule):
         new = weight._like(source if assign else source.clone(), module=self, quant_state=None, bnb_quantized=False)
         self._replace_weight(new.to(weight.device) if quantized else new, assign)
         return {"weight"}
+
+
+def fix_4bit_weight_quant_state_from_module(module: Module4bit) -> None:
+    """Give the weight of a 4-bit module back what its codes stand for, from the copy that the module keeps.
+
+    The modules of bnb_core do without; this is for code that looks at the weight after FSDP has replaced it by an ordinary one.
+
+    Args:
+        module: left as it is where its weight has a quant_state.
+    """
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return
+    if not isinstance(weight, Params4bit):
+        module.weight = Params4bit(weight, quant_storage=weight.dtype, bnb_quantized=True, quant_state=module.quant_state)
+    else:
+        weight.quant_state = module.quant_state
 
 
 def require_compute_dtype(module: str, dtype: Optional[torch.dtype]) -> None:

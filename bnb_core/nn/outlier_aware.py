@@ -43,6 +43,16 @@ def find_outlier_dims(
     return ((spread - spread.mean()) / spread.std() > zscore).nonzero().view(-1)
 
 
+def outlier_hook(module: torch.nn.Linear, input: Any) -> None:
+    """Have `OutlierTracer` look at a layer that is about to be called: the forward pre-hook that it registers.
+
+    Args:
+        module: the layer.
+        input: its positional arguments, of which the first is floating-point [..., in_features].
+    """
+    OutlierTracer.get_instance()._look(module, input)
+
+
 class OutlierTracer:
     """The outlier columns of a model's linear layers, found in the first forward after `initialize`.
 
@@ -77,7 +87,7 @@ class OutlierTracer:
         self._outliers = {}
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and not isinstance(module, QuantizedModule):
-                self._hooks.append(module.register_forward_pre_hook(self._look))
+                self._hooks.append(module.register_forward_pre_hook(outlier_hook))
 
     def is_initialized(self) -> bool:
         """Say whether a model is watched or has been."""

@@ -263,6 +263,7 @@ class Params4bit(QuantizedParameter):
         }
         if module is not None:
             module.quant_state = state
+            module.quant_storage = data.dtype
         return cls(data.to(device), requires_grad=requires_grad, **{**kwargs, **described})
 
     def _is_quantized(self) -> bool:

@@ -8,14 +8,12 @@ import torch
 
 from bnb_core.errors import NotQuantizedError
 from bnb_core.nn.module4bit import Module4bit
-from bnb_core.nn.module8bit import Module8bit
+from bnb_core.nn.module8bit import Module8bit, ModuleState
 from bnb_core.nn.parameters import Int8Params, Params4bit, plain_data
 from bnb_core.nn.quantized_module import QuantizedModule, cast_dtype
 from bnb_core.ops import embedding_4bit, embedding_8bit
 from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.quantization.codebooks import get_4bit_type
-from bnb_core.quantization.layout import as_bytes
-from bnb_core.quantization.products import MatmulLtState
 
 
 class _QuantizedTable(QuantizedModule, torch.nn.Embedding):
@@ -98,7 +96,7 @@ class Embedding4bit(Module4bit, _QuantizedTable):
     def _rows(self, indices: torch.Tensor, data: torch.Tensor, statistics: Any, dtype: torch.dtype) -> torch.Tensor:
         return embedding_4bit(
             indices,
-            as_bytes(data),
+            self._bytes(data),
             statistics.absmax,
             statistics.code,
             statistics.blocksize,
@@ -148,7 +146,8 @@ class Embedding8bit(Module8bit, _QuantizedTable):
         dtype: of the table before it is quantized, and of the output. Casting the module, as by `.half()`, changes the output's.
 
     Attributes:
-        state: a `MatmulLtState` of which `SCB` is the absmax of the table's rows, float32 [num_embeddings], once it is quantized.
+        state: a `MatmulLtState` of which, once the table is quantized, `CB` is its codes and `SCB` the absmax of its rows, float32
+            [num_embeddings].
 
     Shape:
         Input int32 or int64 [...], output [..., embedding_dim].
@@ -156,7 +155,7 @@ class Embedding8bit(Module8bit, _QuantizedTable):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device: Any = None, dtype: Optional[torch.dtype] = None) -> None:
         super().__init__(num_embeddings, embedding_dim, device, dtype)
-        self.state = MatmulLtState(has_fp16_weights=False)
+        self.state = ModuleState(self)
         self.weight = Int8Params(self.weight.data, requires_grad=False)
 
     def _rows(self, indices: torch.Tensor, data: torch.Tensor, statistics: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from bnb_core.errors import CheckpointError
 from bnb_core.nn.parameters import QuantizedParameter
+from bnb_core.ops.sharded import is_sharded, local_part, with_part
 from bnb_core.quantization.layout import as_bytes
 
 _Move = Callable[[torch.Tensor], torch.Tensor]
@@ -59,6 +60,10 @@ class QuantizedModule(torch.nn.Module):
             CheckpointError: the entries contradict each other.
         """
         raise NotImplementedError
+
+    def _parameter(self, name: str) -> Any:
+        """Return an attribute that is a parameter, as a rule: in a tenth of the time that `torch.nn.Module` takes then."""
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Register a parameter as any module does; a quantized weight brings its statistics."""
@@ -115,6 +120,7 @@ class QuantizedModule(torch.nn.Module):
         done: Set[str] = set()
         was_meta = self.weight.is_meta
         if isinstance(entries.get("weight"), torch.Tensor):
+            _require_equally_sharded(f"{prefix}weight", entries["weight"], self.weight)
             try:
                 with torch.no_grad():
                     done = self._load_weight(entries, assign, missing, error_msgs)
@@ -136,11 +142,28 @@ class QuantizedModule(torch.nn.Module):
                 self._parameters[name] = torch.nn.Parameter(room, requires_grad=parameter.requires_grad)
 
 
+def _require_equally_sharded(name: str, saved: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse to load a part of a weight into all of it, or the other way round."""
+    if is_sharded(saved) != is_sharded(weight):
+        which = (
+            "the checkpoint's weight is sharded and the module's"
+            if is_sharded(saved)
+            else "the weight is sharded and the checkpoint's"
+        )
+        raise CheckpointError(
+            f"{name}: {which} is not; use get_model_state_dict and set_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "with StateDictOptions(full_state_dict=True)"
+        )
+
+
 def move_bytes(move: _Move, tensor: torch.Tensor) -> torch.Tensor:
     """Apply a move to another device, or to shared memory, to a tensor that is to keep its dtype and every bit.
 
     What `torch.nn.Module` moves tensors by may cast them too, but never casts bytes, unless it casts whatever comes.
     """
+    if is_sharded(tensor):
+        whole: Any = tensor
+        return with_part(move_bytes(move, local_part(tensor)), whole, whole.shape, whole.placements)
     data = as_bytes(tensor)
     moved = move(data)
     if moved.dtype != torch.uint8:

@@ -93,13 +93,16 @@ class StepBatch:
         params: the parameters.
         states: the op's arguments between `grads` and `algorithm`. They belong to the caller, who makes a new batch when it
             replaces one, or when its hyperparameters need other states.
+        blocksize: of 8-bit states.
     """
 
-    def __init__(self, op: OptimizerStep, params: List[torch.Tensor], states: Sequence[Any]) -> None:
+    def __init__(
+        self, op: OptimizerStep, params: List[torch.Tensor], states: Sequence[Any], blocksize: int = OPTIMIZER_BLOCKSIZE
+    ) -> None:
         self._op = op
         self._params = params
         self._states = tuple(states)
-        self._tail = (OPTIMIZER_BLOCKSIZE,) if op is STEP_8BIT else ()
+        self._tail = (blocksize,) if op is STEP_8BIT else ()
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._layouts = [(param.stride(), param.numel()) for param in params]
@@ -126,7 +129,9 @@ class StepBatch:
             InvalidArgumentError: as the op.
         """
         args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
-        if self._checked and ordinary_execution() and self._takes(grads):
+        if not ordinary_execution():  # what a graph is made from has nothing to do with the next step
+            self._op(*args)
+        elif self._checked and self._takes(grads):
             self._op.run_checked(*args)
         else:
             self._op(*args)
@@ -149,7 +154,7 @@ class StepBatch:
     def _is_direct(self) -> bool:
         """Say whether kernels can take the tensors as they are, without copies and without torch's dispatcher."""
         states = [tensors for tensors in self._states[:3] if tensors]
-        if not (ordinary_execution() and is_plain(self._params) and all(map(is_plain, states))):
+        if not (is_plain(self._params) and all(map(is_plain, states))):
             return False
         return all(
             param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)

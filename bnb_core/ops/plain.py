@@ -31,9 +31,9 @@ def _make_ordinary_execution() -> Callable[[], bool]:
     tracing_state = torch._C._get_tracing_state
     if not hasattr(torch._C, "_functorch"):
         return lambda: tracing_state() is None
-    functorch_level = torch._C._functorch.maybe_current_level
+    innermost_transform = torch._C._functorch.peek_interpreter_stack
     if not REGISTERED:
-        return lambda: tracing_state() is None and functorch_level() is None
+        return lambda: tracing_state() is None and innermost_transform() is None
     dispatch_modes = torch._C._len_torch_dispatch_stack
     forward_ad = torch.autograd.forward_ad
 
@@ -42,7 +42,7 @@ def _make_ordinary_execution() -> Callable[[], bool]:
             is_compiling()
             or dispatch_modes()
             or tracing_state() is not None
-            or functorch_level() is not None
+            or innermost_transform() is not None
             or forward_ad._current_level >= 0
         )
 

@@ -25,6 +25,7 @@ from bnb_core.ops.derivatives import LinearFunction, TransformedFunction, needs_
 from bnb_core.ops.outputs import Output, allocator, check_out, store, targets_for
 from bnb_core.ops.plain import REGISTERED, is_compiling, is_plain, ordinary_execution, transforms_differentiate
 from bnb_core.ops.schema import flatten, names_of, tensors_of
+from bnb_core.ops.sharded import refuse_sharded
 from bnb_core.ops.spec import OPS, Nested
 
 if REGISTERED:
@@ -134,7 +135,7 @@ class StructuredOp:
             InvalidArgumentError: the arguments or `out` do not fit the op.
         """
         if ordinary_execution():
-            args, tensors, signature = self._look_up(args, plain_only=True)
+            args, tensors, signature = self.look_up(args, plain_only=True)
             if signature is not None:
                 if signature.requires_grad and torch.is_grad_enabled():
                     return self._run_with_grad(args, tensors, signature, out)
@@ -143,7 +144,7 @@ class StructuredOp:
 
     def run(self, *args: Any) -> Any:
         """Run the op on real tensors, below autograd: the implementation of torch.ops.bnb."""
-        return self.run_direct(*self._look_up(args))
+        return self.run_direct(*self.look_up(args))
 
     def check(self, args: Tuple[Any, ...]) -> Sequence[Output]:
         """Check arguments that are of the right Python types, and return the shape and dtype of each output."""
@@ -153,17 +154,21 @@ class StructuredOp:
         checks.require_one_device(self.spec.name, tensors, names)
         return self.meta(*args)
 
-    def _look_up(self, args: Tuple[Any, ...], plain_only: bool = False) -> Tuple[Tuple[Any, ...], Tensors, Any]:
+    def spread(self, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+        """Return the arguments with those of `nested` in its place if it is given."""
+        if self._nested_at is not None and type(args[-1]) is Nested:
+            return args[:-1] + args[-1]
+        return args
+
+    def look_up(self, args: Tuple[Any, ...], plain_only: bool = False) -> Tuple[Tuple[Any, ...], Tensors, Any]:
         """Return the arguments as the spec has them, the tensors among them, and the call's signature.
 
         With `plain_only` there is no signature, but None, where a tensor is not plain.
         """
-        flat = args
-        if self._nested_at is not None and type(args[-1]) is Nested:
-            flat = args[:-1] + args[-1]
+        flat = self.spread(args)
         form = self._forms.get(tuple(map(type, flat)))
         if form is None:
-            return self._look_up(self._add_form(args), plain_only)
+            return self.look_up(self._add_form(args), plain_only)
         if plain_only and not form.plain:
             return args, (), None
         tensors = form.tensors(flat)
@@ -243,7 +248,7 @@ class StructuredOp:
         """Run the op through torch, on arguments of the right Python types.
 
         Raises:
-            InvalidArgumentError: the arguments or `out` do not fit the op.
+            InvalidArgumentError: the arguments or `out` do not fit the op, or a tensor is a DTensor.
             OpNotSupportedError: this torch is too old to have the op.
         """
         if not REGISTERED:
@@ -251,6 +256,8 @@ class StructuredOp:
                 f"{self.spec.name}: torch.jit.trace and torch.func need torch 2.4 or newer, this is {torch.__version__}; "
                 "call it outside them"
             )
+        if not is_compiling():
+            refuse_sharded(self.spec.name, tensors_of(self.spec, args), partial(names_of, self.spec, args))
         if is_compiling() or out is not None:
             outputs = self.check(args)  # where torch traces, an error of its own Meta kernel would have lost its type
         if out is not None:

@@ -143,7 +143,8 @@ class LAMB(Optimizer):
             capturable=capturable,
         )
 
-    def hyperparameters(self, options: Options) -> Hyperparameters:
+    @classmethod
+    def hyperparameters(cls, options: Options) -> Hyperparameters:
         """Translate options to what the op takes."""
         return super().hyperparameters(options)._replace(decoupled_weight_decay=options["adam_w_mode"])
 
@@ -391,7 +392,8 @@ class RMSprop(Optimizer):
             capturable=capturable,
         )
 
-    def hyperparameters(self, options: Options) -> Hyperparameters:
+    @classmethod
+    def hyperparameters(cls, options: Options) -> Hyperparameters:
         """Translate options to what the op takes."""
         return super().hyperparameters(options)._replace(beta2=options["alpha"], alpha=0.0)
 
@@ -445,7 +447,8 @@ class Adagrad(Optimizer):
             capturable=capturable,
         )
 
-    def initial_value(self, options: Options) -> float:
+    @classmethod
+    def initial_value(cls, options: Options) -> float:
         """Return what the elements of a new state are."""
         return float(options["initial_accumulator_value"])
 

@@ -32,7 +32,8 @@ class _Untouched:
 def save_state(state: State, max_unorm: float) -> State:
     """Return a parameter's state as a checkpoint has it."""
     saved = {key: value for key, value in state.items() if key not in TENSOR_KEYS}
-    tensors = {key: value for key, value in state.items() if key in TENSOR_KEYS}
+    # Codebooks are one tensor for all parameters, which sharded checkpointing would read others into.
+    tensors = {key: value.clone() if key.startswith("qmap") else value for key, value in state.items() if key in TENSOR_KEYS}
     if "step" in state:
         saved["step"] = int(state["step"])
     if tensors:

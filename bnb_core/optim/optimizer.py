@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Callable, ClassVar, Dict, Mapping, Optional, Tuple, TypeVar
+import importlib
+from typing import Any, Callable, ClassVar, Dict, Mapping, Optional, Tuple, Type, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from bnb_core.ops.optimizer import required_states
 from bnb_core.ops.spec import Hyperparameters
 from bnb_core.optim import checkpoint
 from bnb_core.optim.plan import Override, Plan, share_steps
+from bnb_core.optim.resharding import adapt
 from bnb_core.optim.state_formats import FORMATS, Slots, format_of
 
 #: Options of the whole optimizer. A parameter group or `GlobalOptimManager` may set them for some parameters.
@@ -27,12 +28,25 @@ _NOT_NEGATIVE = (
 )
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-#: Keeps a method out of compiled graphs: all that a step does is call ops, and so there is nothing in it to compile.
+#: Keeps a method out of compiled graphs.
 _outside_graphs: Callable[[_Function], _Function] = getattr(torch, "_disable_dynamo", lambda function: function)
+
+
+class MockArgs:
+    """An object that has the entries of a dictionary as attributes, such as an optimizer's `args`.
+
+    Args:
+        initial_data: the attributes by name.
+    """
+
+    def __init__(self, initial_data: Mapping[str, Any]) -> None:
+        vars(self).update(initial_data)
 
 
 class Optimizer(torch.optim.Optimizer):
     """An optimizer with 32-bit or blockwise 8-bit states; the base of all algorithms, which say what is theirs in class attributes.
+
+    To make one of your own, derive from the class of an algorithm, such as `Adam`, or from `Optimizer1State` or `Optimizer2State`.
 
     Each step updates all parameters of one device, dtype and set of options in one call of an op. Parameters may have any
     strides. An element whose gradient is not finite keeps its value and its state.
@@ -41,18 +55,19 @@ class Optimizer(torch.optim.Optimizer):
         params: parameters, or dictionaries that set options for some of them. Any option below or in `defaults` may be among these.
         defaults: options of the algorithm, by name.
         optim_bits: 32 or 8, the format of states. Those that a parameter has keep their format.
+        is_paged: keep the states in memory that a GPU's driver can move out of the GPU. On CPUs, on GPUs that share the CPU's
+            memory, and wherever such memory is not supported, the states are in ordinary memory.
         min_8bit_size: parameters with fewer elements have 32-bit states.
         max_unorm: scale an update down to this many times the L2 norm of its parameter; 0 for no limit.
         skip_zeros: leave elements alone whose gradient is zero.
         args: an object whose attributes `optim_bits`, `min_8bit_size`, `max_unorm` and `skip_zeros` are used in place of these
             arguments. It is read at every step, and is the attribute `args` of the optimizer either way.
-        is_paged: keep the states in memory that a GPU's driver can move out of the GPU. On CPUs, on GPUs that share the CPU's
-            memory, and wherever such memory is not supported, the states are in ordinary memory.
         capturable: count steps, and keep the learning rate, in tensors on the parameters' device, so that `step` can be captured
-            in a CUDA graph. Between replays, change `param_groups[i]["lr"]` in place. Take a step before capturing one.
+            in a CUDA graph, or traced by torch.compile; without it, a compiled function leaves the step to the interpreter. Change
+            `param_groups[i]["lr"]` in place then. Take a step before capturing one, or compiling with `fullgraph=True`.
 
     Raises:
-        InvalidArgumentError: an option has a value that is not accepted.
+        InvalidArgumentError: an option has a value that is not accepted, or the class has no algorithm.
     """
 
     #: A key of `bnb_core.ops.spec.ALGORITHMS`.
@@ -70,17 +85,23 @@ class Optimizer(torch.optim.Optimizer):
         self,
         params: Any,
         defaults: Dict[str, Any],
+        optim_bits: int = 32,
+        is_paged: bool = False,
         *,
-        optim_bits: int,
-        min_8bit_size: int,
+        min_8bit_size: int = 4096,
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
         args: Any = None,
-        is_paged: bool = False,
         capturable: bool = False,
     ) -> None:
+        if not hasattr(self.rules, "algorithm"):
+            raise InvalidArgumentError(
+                f"{type(self).__name__} has no algorithm; derive from a class that has, such as Adam, or from Optimizer1State or "
+                "Optimizer2State, which take its name"
+            )
         if args is None:
-            args = SimpleNamespace(optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, skip_zeros=skip_zeros)
+            general = (optim_bits, min_8bit_size, max_unorm, skip_zeros)
+            args = MockArgs(dict(zip(GENERAL_OPTIONS, general)))
         missing = [name for name in GENERAL_OPTIONS if not hasattr(args, name)]
         if missing:
             raise InvalidArgumentError(f"args has no {', '.join(missing)}; it must have {', '.join(GENERAL_OPTIONS)}, or be None")
@@ -89,6 +110,11 @@ class Optimizer(torch.optim.Optimizer):
         self._plan: Optional[Plan] = None
         super().__init__(params, {**defaults, "capturable": capturable})
 
+    @property
+    def rules(self) -> "Type[Optimizer]":
+        """The class that says what the algorithm's options are to the op, and where its states are kept."""
+        return type(self)
+
     # ---------------------------------------------------------------------------------------------------------------- options
 
     def options(self, group: Mapping[str, Any], override: Override = None) -> Dict[str, Any]:
@@ -96,18 +122,21 @@ class Optimizer(torch.optim.Optimizer):
         general = {name: getattr(self.args, name) for name in GENERAL_OPTIONS}
         return {**general, **group, **override} if override else {**general, **group}
 
-    def hyperparameters(self, options: Mapping[str, Any]) -> Hyperparameters:
+    @classmethod
+    def hyperparameters(cls, options: Mapping[str, Any]) -> Hyperparameters:
         """Translate options to what the op takes: those of the same name, and betas one by one."""
         fields: Dict[str, Any] = {name: kind(options[name]) for name, kind in _KINDS.items() if options.get(name) is not None}
         fields.update(zip(("beta1", "beta2", "beta3"), map(float, options.get("betas", ()))))
-        return Hyperparameters(decoupled_weight_decay=self.decoupled_weight_decay, **fields)
+        return Hyperparameters(decoupled_weight_decay=cls.decoupled_weight_decay, **fields)
 
-    def slots_for(self, hyperparameters: Hyperparameters) -> Slots:
+    @classmethod
+    def slots_for(cls, hyperparameters: Hyperparameters) -> Slots:
         """Return the slots that are used, with None in the places of others."""
-        needed = required_states(self.algorithm, hyperparameters)
-        return tuple(slot if need else None for slot, need in zip(self.slots, needed))
+        needed = required_states(cls.algorithm, hyperparameters)
+        return tuple(slot if need else None for slot, need in zip(cls.slots, needed))
 
-    def initial_value(self, options: Mapping[str, Any]) -> float:
+    @classmethod
+    def initial_value(cls, options: Mapping[str, Any]) -> float:
         """Return what the elements of a new state are."""
         return 0.0
 
@@ -126,9 +155,9 @@ class Optimizer(torch.optim.Optimizer):
                 raise InvalidArgumentError(f"{who}: {name} is {value}; it must be at least 0")
         if "betas" in self.defaults:
             betas = options["betas"]
-            if len(betas) != self.number_of_betas or not all(0.0 <= beta < 1.0 for beta in betas):
+            if len(betas) != self.rules.number_of_betas or not all(0.0 <= beta < 1.0 for beta in betas):
                 raise InvalidArgumentError(
-                    f"{who}: betas are {betas}; there must be {self.number_of_betas}, each at least 0 and below 1"
+                    f"{who}: betas are {betas}; there must be {self.rules.number_of_betas}, each at least 0 and below 1"
                 )
         if options["optim_bits"] not in FORMATS:
             raise InvalidArgumentError(f"{who}: optim_bits is {options['optim_bits']}; it must be 32 or 8")
@@ -139,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             InvalidArgumentError: an option that this algorithm does not have.
         """
-        options = checkpoint.spread_betas(override, self.defaults, self.in_betas)
+        options = checkpoint.spread_betas(override, self.defaults, self.rules.in_betas)
         unknown = [name for name in options if name not in self.defaults and name not in GENERAL_OPTIONS]
         if unknown:
             known = ", ".join((*self.defaults, *GENERAL_OPTIONS))
@@ -192,10 +221,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        # Not the groups' own: torch.compile has them all say that they are capturable.
+        if self.defaults["capturable"]:
+            self._update()
+        else:
+            self._update_outside_graphs()
         return loss
 
     @_outside_graphs
+    def _update_outside_graphs(self) -> None:
+        # A graph would have the numbers of one step in it, and there would be another graph for each.
+        self._update()
+
     def _update(self) -> None:
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing:
@@ -209,14 +246,18 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}.step: its states would be made within the graph, and anew at each replay; "
                     "take a step before the capture, with gradients for the same parameters"
                 )
-            self._plan = Plan(self)
+            self._plan = self._make_plan()
             calls = self._plan.calls(self)
         assert self._plan is not None
         assert calls is not None
         for step in self._plan.steps:
             step.add_(1.0)
         for call in calls:
-            call.run(self.algorithm)
+            call.run(self.rules.algorithm)
+
+    @_outside_graphs
+    def _make_plan(self) -> Plan:
+        return Plan(self)
 
     def _check_capturable(self) -> None:
         for group in self.param_groups:
@@ -238,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
             for index in packed["params"]
         }
         saved["state"] = {key: checkpoint.save_state(state, limits.get(key, 0.0)) for key, state in saved["state"].items()}
-        saved["param_groups"] = [checkpoint.save_group(group, self.in_betas) for group in saved["param_groups"]]
+        saved["param_groups"] = [checkpoint.save_group(group, self.rules.in_betas) for group in saved["param_groups"]]
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -258,7 +299,7 @@ class Optimizer(torch.optim.Optimizer):
         loaded = dict(state_dict)
         loaded["state"] = {key: checkpoint.load_state(state, move_to_device) for key, state in state_dict["state"].items()}
         loaded["param_groups"] = [
-            checkpoint.load_group(saved, current, self.defaults, self.in_betas)
+            checkpoint.load_group(saved, current, self.defaults, self.rules.in_betas)
             for saved, current in zip(state_dict["param_groups"], self.param_groups)
         ] + list(state_dict["param_groups"][len(self.param_groups) :])  # too many, which is found below
         super().load_state_dict(loaded)
@@ -270,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take over what was loaded, unpickled or copied: check it, and have tensors shared again that were."""
         super().__setstate__(state)
         self._plan = None
-        always = required_states(self.algorithm, Hyperparameters())
+        always = required_states(self.rules.algorithm, Hyperparameters())
         stepped = []
         for group in self.param_groups:
             _keep_lr_on_device(group)
@@ -279,8 +320,9 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 values = self.state[param]
                 checkpoint.settle_state(values, param)
+                adapt(values, self.rules.slots, param)
                 format = format_of(values) or FORMATS[32]
-                for slot, required in zip(self.slots, always):
+                for slot, required in zip(self.rules.slots, always):
                     if slot is not None and (required or slot.key in values):
                         format.check(values, slot, param)
                 stepped.append((values, param.device if group["capturable"] else None))
@@ -295,3 +337,16 @@ def _keep_lr_on_device(group: Dict[str, Any]) -> None:
             group["lr"] = torch.tensor(float(lr), dtype=torch.float32, device=device)
         elif lr.device != device or lr.dtype != torch.float32 or lr.dim():
             group["lr"] = lr.detach().to(device, torch.float32).reshape(())
+
+
+#: bitsandbytes' name for the base of all optimizers.
+Optimizer8bit = Optimizer
+
+#: What bitsandbytes has in its module of this name besides, and where it is here. Some of it is built on this module.
+_ELSEWHERE = {"GlobalOptimManager": "manager", "Optimizer1State": "by_name", "Optimizer2State": "by_name"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"bnb_core.optim.{_ELSEWHERE[name]}"), name)

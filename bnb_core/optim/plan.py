@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from operator import is_, itemgetter
+from operator import is_
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from bnb_core.ops.optimizer import Number, StepBatch
 from bnb_core.ops.plain import ordinary_execution
+from bnb_core.ops.sharded import is_sharded, local_part
 from bnb_core.ops.spec import Hyperparameters
 from bnb_core.optim.manager import GlobalOptimManager
+from bnb_core.optim.sharding import blocks_of, local_gradient, require_local_norm
 from bnb_core.optim.state_formats import FORMATS, Slots, State, StateFormat, format_of
 
 if TYPE_CHECKING:
@@ -32,11 +34,14 @@ class _Member(NamedTuple):
     override: Override
     slots: Slots
     format: StateFormat
+    blocksize: int
+    """Of 8-bit states."""
 
     def key(self) -> Tuple[Any, ...]:
         """Return what has to be equal in parameters that one call updates."""
         common = self.format.common(self.state, self.slots)
-        return (self.group, id(self.override), self.format.op, self.param.device, self.param.dtype, id(self.state["step"]), *common)
+        tensor = (self.param.device, self.param.dtype, is_sharded(self.param), local_part(self.param).numel() == 0)
+        return (self.group, id(self.override), self.format.op, self.blocksize, *tensor, id(self.state["step"]), *common)
 
 
 class Call(NamedTuple):
@@ -70,15 +75,23 @@ class _Bucket:
         self.device = first.param.device
         self.places = [member.place for member in members]
         states = [member.state for member in members]
-        self.batch = StepBatch(first.format.op, [member.param for member in members], first.format.arguments(states, first.slots))
+        #: Those of which a process has only a part, and these parts: sharding may put others in their place.
+        self._sharded = [member.param for member in members if is_sharded(member.param)]
+        params = [local_part(member.param) for member in members]
+        self._parts = [param.data_ptr() for param in params] if self._sharded else []
+        self.batch = StepBatch(first.format.op, params, first.format.arguments(states, first.slots), first.blocksize)
         keys = {"step"}.union(f"{name}{slot.number}" for slot in first.slots if slot for name in first.format.names)
         #: The tensors that the batch was made of, to see whether the states still hold them.
-        self._kept = [(states, itemgetter(key), [state[key] for state in states]) for key in sorted(keys)]
+        self._kept = [(states, key, [state[key] for state in states]) for key in sorted(keys)]
 
     def is_current(self) -> bool:
         """Say whether the states hold the tensors that the batch was made of, and parameters are as they were."""
         try:
-            return self.batch.is_current() and all(all(map(is_, map(key, states), kept)) for states, key, kept in self._kept)
+            return (
+                self.batch.is_current()
+                and all(all(map(is_, [state[key] for state in states], kept)) for states, key, kept in self._kept)
+                and [local_part(param).data_ptr() for param in self._sharded] == self._parts
+            )
         except KeyError:
             return False
 
@@ -99,6 +112,7 @@ class Plan:
         self._capturable = [group["capturable"] for group in optimizer.param_groups]
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
         self._idle = [param.grad is None for param in self._params]
+        self._sharded = any(map(is_sharded, self._params))
         members = list(_members(optimizer, manager.overrides()))
         capturable = [optimizer.param_groups[member.group]["capturable"] for member in members]
         share_steps(
@@ -128,12 +142,15 @@ class Plan:
             or not all(bucket.is_current() for bucket in self._buckets)
         ):
             return None
+        if self._sharded:
+            # In the order of the parameters, which is that of the other processes too; that of the buckets may not be.
+            grads = [grad if grad is None else local_gradient(param, grad) for param, grad in zip(params, grads)]
         readable = ordinary_execution()
         calls: List[Call] = []
         for bucket in self._buckets:
             options = optimizer.options(optimizer.param_groups[bucket.group], bucket.override)
-            hyperparameters = optimizer.hyperparameters(options)
-            if optimizer.slots_for(hyperparameters) != bucket.slots:
+            hyperparameters = optimizer.rules.hyperparameters(options)
+            if optimizer.rules.slots_for(hyperparameters) != bucket.slots:
                 return None
             gradients = [grads[place] for place in bucket.places]
             on_device = self._capturable[bucket.group] or not readable
@@ -155,17 +172,19 @@ def _members(optimizer: "Optimizer", overrides: Dict[int, Dict[str, Any]]) -> It
                 override = None if given is None else optimizer.translate_override(given)
                 options = optimizer.options(group, override)
                 optimizer.check(options)
-                known[id(given)] = override, options, optimizer.slots_for(optimizer.hyperparameters(options))
+                known[id(given)] = override, options, optimizer.rules.slots_for(optimizer.rules.hyperparameters(options))
             override, options, slots = known[id(given)]
-            state = optimizer.state[param]
-            small = param.numel() < options["min_8bit_size"]
+            require_local_norm(type(optimizer).__name__, param, options["max_unorm"])
+            state, blocks = optimizer.state[param], blocks_of(param)
+            small = param.numel() < options["min_8bit_size"] or blocks is None
             format = format_of(state) or FORMATS[32 if small else options["optim_bits"]]
             for slot in slots:
                 if slot is not None and slot.key not in state:
-                    format.add(state, slot, param, optimizer.initial_value(options))
+                    format.add(state, slot, param, optimizer.rules.initial_value(options))
                 elif slot is not None:
                     format.follow(state, slot, param)
-            yield _Member(place, param, state, index, override, slots, format)
+            blocksize = blocks.size if blocks is not None and format is FORMATS[8] else 0
+            yield _Member(place, param, state, index, override, slots, format, blocksize)
 
 
 def share_steps(members: Iterable[Tuple[State, Optional[torch.device]]], states: Iterable[State]) -> None:

@@ -11,9 +11,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 from bnb_core.errors import CheckpointError
-from bnb_core.ops import checks, dequantize_blockwise, quantize_blockwise
+from bnb_core.ops import dequantize_blockwise, quantize_blockwise
+from bnb_core.ops.checks import ceil_div
 from bnb_core.ops.optimizer import STEP_8BIT, STEP_32BIT, OptimizerStep, is_dense, same_storage_order, storage_strides
+from bnb_core.ops.sharded import is_sharded, local_part
 from bnb_core.ops.spec import OPTIMIZER_BLOCKSIZE
+from bnb_core.optim.sharding import blocks_of, shard_like
 from bnb_core.quantization.codebooks import shared_codebook
 
 State = Dict[str, Any]
@@ -35,8 +38,8 @@ class Slot(NamedTuple):
         return f"state{self.number}"
 
     def of(self, state: State, name: str) -> torch.Tensor:
-        """Return this slot's part of a tensor in the state."""
-        tensor: torch.Tensor = state[f"{name}{self.number}"]
+        """Return this slot's part of a tensor in the state; of a sharded tensor, what this process has of it."""
+        tensor = local_part(state[f"{name}{self.number}"])
         return tensor if self.half is None else tensor[self.half]
 
 
@@ -76,7 +79,8 @@ class StateFormat:
             if state[key].device != param.device:
                 moved = state[key].to(param.device)
                 state[key] = interned_codebook(moved) if name == "qmap" else moved
-        if not same_storage_order(slot.of(state, "state"), storage_strides(param)):
+        # A part of a sharded parameter has its states in the order that they were made in, which other processes go by too.
+        if not is_sharded(param) and not same_storage_order(slot.of(state, "state"), storage_strides(param)):
             self.reorder(state, slot, param)
 
     def check(self, state: State, slot: Slot, param: torch.Tensor) -> None:
@@ -86,9 +90,10 @@ class StateFormat:
             CheckpointError: a tensor is missing, or has another shape or dtype.
         """
         halves = () if slot.half is None else (2,)
+        blocks = blocks_of(param)
         expected = {
             "state": (self.dtype, (*halves, *param.shape)),
-            "absmax": (torch.float32, (*halves, _blocks(param))),
+            "absmax": (torch.float32, (*halves, *(blocks.shape if blocks else (ceil_div(param.numel(), OPTIMIZER_BLOCKSIZE),)))),
             "qmap": (torch.float32, (256,)),
         }
         for name in self.names:
@@ -112,7 +117,7 @@ class Float32Format(StateFormat):
 
     def add(self, state: State, slot: Slot, param: torch.Tensor, initial: float) -> None:
         """Make the tensor of a slot, or of both slots that share it, with all values `initial`."""
-        state[slot.key] = _empty_state(param, self.dtype, slot).fill_(initial)
+        state[slot.key] = _sharded_state(param, _empty_state(param, self.dtype, slot).fill_(initial), slot)
 
     def reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
         """Copy."""
@@ -137,10 +142,13 @@ class Blockwise8bitFormat(StateFormat):
 
     def add(self, state: State, slot: Slot, param: torch.Tensor, initial: float) -> None:
         """Make the tensors of a slot, or of both slots that share them, with all values `initial`."""
-        shape = (_blocks(param),) if slot.half is None else (2, _blocks(param))
+        blocks = blocks_of(param)
+        assert blocks is not None
+        halves = () if slot.half is None else (2,)
+        absmax = torch.full((*halves, *blocks.local_shape), initial, dtype=torch.float32, device=param.device)
         # The last code of either codebook stands for 1.
-        state[slot.key] = _empty_state(param, self.dtype, slot).fill_(255 if initial else 0)
-        state[f"absmax{slot.number}"] = torch.full(shape, initial, dtype=torch.float32, device=param.device)
+        state[slot.key] = _sharded_state(param, _empty_state(param, self.dtype, slot).fill_(255 if initial else 0), slot)
+        state[f"absmax{slot.number}"] = shard_like(param, absmax, (*halves, *blocks.shape), bool(halves))
         state[f"qmap{slot.number}"] = shared_codebook("dynamic" if slot.signed else "udynamic", param.device, 256)
 
     def reorder(self, state: State, slot: Slot, param: torch.Tensor) -> None:
@@ -164,7 +172,8 @@ class Blockwise8bitFormat(StateFormat):
     def arguments(self, states: Sequence[State], slots: Slots) -> List[Any]:
         """Return the op's arguments between `grads` and `algorithm`."""
         codebooks = [None if slot is None else states[0][f"qmap{slot.number}"] for slot in slots]
-        return [*_lists("state", states, slots), *_lists("absmax", states, slots), *codebooks]
+        absmax = [[scales.view(-1) for scales in of_slot] for of_slot in _lists("absmax", states, slots)]
+        return [*_lists("state", states, slots), *absmax, *codebooks]
 
 
 def _lists(name: str, states: Sequence[State], slots: Slots) -> List[Any]:
@@ -201,16 +210,17 @@ _other_codebooks: Dict[Tuple[bytes, torch.device], torch.Tensor] = {}
 
 
 def _empty_state(param: torch.Tensor, dtype: torch.dtype, slot: Slot) -> torch.Tensor:
-    """Allocate the tensor of a slot. All states are allocated here: this is where paged memory would come in."""
-    shape, strides = tuple(param.shape), storage_strides(param)
+    """Allocate what this process has of a slot's tensor. All states are allocated here: paged memory would come in here."""
+    part = local_part(param)
+    shape, strides = tuple(part.shape), storage_strides(part)
     if slot.half is not None:
-        shape, strides = (2, *shape), (param.numel(), *strides)
-    return torch.empty_strided(shape, strides, dtype=dtype, device=param.device)
+        shape, strides = (2, *shape), (part.numel(), *strides)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=part.device)
 
 
-def _blocks(param: torch.Tensor) -> int:
-    blocks: int = checks.ceil_div(param.numel(), OPTIMIZER_BLOCKSIZE)
-    return blocks
+def _sharded_state(param: torch.Tensor, part: torch.Tensor, slot: Slot) -> torch.Tensor:
+    shape = tuple(param.shape) if slot.half is None else (2, *param.shape)
+    return shard_like(param, part, shape, slot.half is not None)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

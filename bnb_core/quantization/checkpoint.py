@@ -31,6 +31,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).split(".")[1]
 
 
+def pack_dict_to_tensor(source_dict: Mapping[str, Any]) -> torch.Tensor:
+    """Return a dictionary as the bytes of its JSON, uint8 [length] on the CPU, which safetensors can store."""
+    return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
+
+
+def unpack_tensor_to_dict(tensor_data: torch.Tensor) -> Dict[str, Any]:
+    """Return the dictionary that `pack_dict_to_tensor` packed.
+
+    Raises:
+        CheckpointError: the tensor holds something else.
+    """
+    return _unpack_json("a packed dictionary", tensor_data)
+
+
 _DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -91,18 +105,9 @@ def _sort(source: Mapping[str, Any]) -> Tuple[Dict[str, Any], List[Tuple[str, An
 def _unpack(packed: List[Tuple[str, Any]], entries: Mapping[str, Any]) -> Dict[str, Any]:
     ((quant_type, tensor),) = packed
     name = f"{PACKED_PREFIX}{quant_type}"
-    _check_tensor(name, tensor, torch.uint8, None)
-    if tensor.device.type == "meta" or tensor.numel() > _MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"quantized state: {name} has {tensor.numel()} bytes on {tensor.device}; it must be JSON of at most {_MAX_JSON_BYTES} "
-            "bytes, and not on the meta device"
-        )
-    try:
-        others = json.loads(bytes(tensor.tolist()).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"quantized state: {name} is not JSON ({type(error).__name__}); the checkpoint is damaged") from error
-    if not isinstance(others, dict):
-        raise CheckpointError(f"quantized state: {name} is a JSON {type(others).__name__}; it must be an object")
+    if isinstance(tensor, torch.Tensor) and tensor.numel() > _MAX_JSON_BYTES:
+        raise CheckpointError(f"quantized state: {name} has {tensor.numel()} bytes; it must be JSON of at most {_MAX_JSON_BYTES}")
+    others = _unpack_json(name, tensor)
     for key in others:
         if key not in _OTHER_KEYS + _NESTED_OTHER_KEYS or key in entries:
             raise CheckpointError(
@@ -112,6 +117,19 @@ def _unpack(packed: List[Tuple[str, Any]], entries: Mapping[str, Any]) -> Dict[s
     if others.get("quant_type") != quant_type:
         raise CheckpointError(f"quantized state: {name} says quant_type {others.get('quant_type')!r}; the two must agree")
     return others
+
+
+def _unpack_json(name: str, tensor: Any) -> Dict[str, Any]:
+    _check_tensor(name, tensor, torch.uint8, None)
+    if tensor.device.type == "meta":
+        raise CheckpointError(f"quantized state: {name} is on the meta device, where it has no bytes; load it to another")
+    try:
+        unpacked = json.loads(bytes(tensor.tolist()).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"quantized state: {name} is not JSON ({type(error).__name__}); the checkpoint is damaged") from error
+    if not isinstance(unpacked, dict):
+        raise CheckpointError(f"quantized state: {name} is a JSON {type(unpacked).__name__}; it must be an object")
+    return unpacked
 
 
 def _check_quant_type(quant_type: Any) -> bool:

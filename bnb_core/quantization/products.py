@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, ContextManager, Dict, Optional, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -46,7 +45,7 @@ def matmul_4bit(
     Raises:
         InvalidArgumentError: a dtype, shape or device that is not accepted.
     """
-    weight = _weight("matmul_4bit", B, quant_state)
+    weight = weight_arguments("matmul_4bit", B, quant_state)
     N, K = quant_state.shape
     if A.dim() and A.shape[-1] == N != K:
         if ordinary_execution():
@@ -89,10 +88,10 @@ def gemv_4bit(
     """
     if transposed_A or transposed_B:
         raise InvalidArgumentError("gemv_4bit: transposed_A and transposed_B must be False; transpose the tensors instead")
-    return ops.gemm_4bit(A, **_weight("gemv_4bit", B, state), out=out)
+    return ops.gemm_4bit(A, **weight_arguments("gemv_4bit", B, state), out=out)
 
 
-def _weight(function: str, B: torch.Tensor, state: Optional[QuantState]) -> Dict[str, Any]:
+def weight_arguments(function: str, B: torch.Tensor, state: Optional[QuantState]) -> Dict[str, Any]:
     """Return the packed weight, its statistics and its shape by the names that ops give them."""
     if state is None:
         raise InvalidArgumentError(f"{function}: the state of the weight is None; pass the one that quantize_4bit returned")
@@ -120,9 +119,12 @@ def _needs_grad(*tensors: Optional[torch.Tensor]) -> bool:
 _DEPRECATED = ("CxB", "CxBt", "formatB", "_tile_indices")
 
 
-@dataclass(eq=False)
 class MatmulLtState:
     """The quantized weight of `matmul`, and how to use it.
+
+    Args:
+        CB, SCB, idx, threshold, has_fp16_weights: see the attributes.
+        force_no_igemmlt, SB, SBt, CBt, subB, outlier_pool: left out, because nothing depends on them.
 
     Attributes:
         CB: int8 [N, K], codes of the weight. `matmul` quantizes the weight where they are missing.
@@ -132,29 +134,66 @@ class MatmulLtState:
         idx: see the property.
         is_training, force_no_igemmlt, SB, SBt, CBt, subB, outlier_pool, has_accumulated_gradients, use_pool: nothing here depends
             on these; they are what code for bitsandbytes sets or reads.
+
+    Raises:
+        InvalidArgumentError: an argument that nothing depends on.
     """
 
-    force_no_igemmlt: bool = False
-    CB: Optional[torch.Tensor] = None
-    SB: Optional[torch.Tensor] = None
-    SCB: Optional[torch.Tensor] = None
-    SBt: Optional[torch.Tensor] = None
-    CBt: Optional[torch.Tensor] = None
-    subB: Optional[torch.Tensor] = None  # noqa: N815
-    outlier_pool: Any = None
-    has_accumulated_gradients: bool = False
-    threshold: float = 0.0
-    is_training: bool = True
-    has_fp16_weights: bool = True
-    use_pool: bool = False
-    #: Mask or indices.
-    _outliers: Optional[torch.Tensor] = field(default=None, init=False, repr=False)
+    #: peft up to 0.13, the last for Python 3.8, reads it. bitsandbytes has had no other way to take gradients since 0.45.
+    memory_efficient_backward = False
+
+    def __init__(
+        self,
+        force_no_igemmlt: bool = False,
+        CB: Optional[torch.Tensor] = None,
+        SB: Optional[torch.Tensor] = None,
+        SCB: Optional[torch.Tensor] = None,
+        SBt: Optional[torch.Tensor] = None,
+        CBt: Optional[torch.Tensor] = None,
+        subB: Optional[torch.Tensor] = None,
+        outlier_pool: Any = None,
+        idx: Optional[torch.Tensor] = None,
+        *,
+        threshold: float = 0.0,
+        has_fp16_weights: bool = True,
+    ) -> None:
+        unused = {"SB": SB, "SBt": SBt, "CBt": CBt, "subB": subB, "outlier_pool": outlier_pool}
+        if force_no_igemmlt or any(value is not None for value in unused.values()):
+            given = [*(["force_no_igemmlt"] if force_no_igemmlt else []), *(name for name in unused if unused[name] is not None)]
+            raise InvalidArgumentError(f"MatmulLtState: nothing depends on {', '.join(given)}; pass CB, SCB and idx alone")
+        self.CB = CB
+        self.SCB = SCB
+        self._outliers = idx  # a mask, or indices
+        self.threshold = threshold
+        self.has_fp16_weights = has_fp16_weights
+        self.is_training = True
+        self.use_pool = False
+        self.has_accumulated_gradients = False
+        self.force_no_igemmlt = False
+        self.SB: Optional[torch.Tensor] = None
+        self.SBt: Optional[torch.Tensor] = None
+        self.CBt: Optional[torch.Tensor] = None
+        self.subB: Optional[torch.Tensor] = None
+        self.outlier_pool: Any = None
 
     def __getattr__(self, name: str) -> None:
         if name in _DEPRECATED:
             warnings.warn(f"MatmulLtState.{name} is deprecated; it is always None", FutureWarning, stacklevel=2)
             return
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in ("threshold", "has_fp16_weights", "is_training", "use_pool"))
+        return f"{type(self).__name__}({shown})"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what a product depends on, and what the last one has found."""
+        if not isinstance(other, MatmulLtState):
+            return NotImplemented
+        names = ("CB", "SCB", "idx", "threshold", "has_fp16_weights", "is_training", "use_pool")
+        return all(_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
 
     @property
     def idx(self) -> Optional[torch.Tensor]:
@@ -172,6 +211,12 @@ class MatmulLtState:
     def reset_grads(self) -> None:
         """Forget the quantized weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a is b or (type(a) is type(b) is not torch.Tensor and a == b))
 
 
 def matmul(
@@ -204,23 +249,35 @@ def matmul(
     state = MatmulLtState() if state is None else state
     if threshold != 0.0:
         state.threshold = threshold
-    if state.has_fp16_weights or state.CB is None or state.SCB is None:
-        if not B.is_floating_point():
-            raise InvalidArgumentError(
-                f"matmul: B is {B.dtype} and would have to be quantized; pass a floating-point weight, or set CB and SCB of the "
-                "state, and has_fp16_weights to False"
-            )
-        state.reset_grads()
-        state.CB, state.SCB, _ = ops.int8_quantize_rows(B.detach(), 0.0)
-    if state.threshold > 0.0:
-        state.idx = (as_rows("matmul", "A", A.detach()).abs() >= state.threshold).any(0)
+    codes, absmax = quantize_weight("matmul", B, state)
+    find_outliers("matmul", A, state)
     bias = None if bias is None else bias.to(A.dtype)
     if _needs_grad(B):
-        result = _TrainedWeight.apply(A, B, bias, state.CB, state.SCB, state.threshold)
+        result = _TrainedWeight.apply(A, B, bias, codes, absmax, state.threshold)
         return deliver("matmul", result, out)
     if out is None or _needs_grad(A, bias):
-        return deliver("matmul", ops.int8_linear(A, state.CB, state.SCB, bias, state.threshold), out)
-    return ops.int8_linear(A, state.CB, state.SCB, bias, state.threshold, out=out)
+        return deliver("matmul", ops.int8_linear(A, codes, absmax, bias, state.threshold), out)
+    return ops.int8_linear(A, codes, absmax, bias, state.threshold, out=out)
+
+
+def quantize_weight(function: str, B: torch.Tensor, state: MatmulLtState) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes and scales of a state, which are made from the weight unless it has them and keeps them."""
+    if not (state.has_fp16_weights or state.CB is None or state.SCB is None):
+        return state.CB, state.SCB
+    if not B.is_floating_point():
+        raise InvalidArgumentError(
+            f"{function}: B is {B.dtype} and would have to be quantized; pass a floating-point weight, or set CB and SCB of the "
+            "state, and has_fp16_weights to False"
+        )
+    state.reset_grads()
+    state.CB, state.SCB, _ = ops.int8_quantize_rows(B.detach(), 0.0)
+    return state.CB, state.SCB
+
+
+def find_outliers(function: str, A: torch.Tensor, state: MatmulLtState) -> None:
+    """Set the outlier columns of a state from the input, if it has a threshold."""
+    if state.threshold > 0.0:
+        state.idx = (as_rows(function, "A", A.detach()).abs() >= state.threshold).any(0)
 
 
 class _TrainedWeight(torch.autograd.Function):
@@ -236,27 +293,45 @@ class _TrainedWeight(torch.autograd.Function):
         absmax: torch.Tensor,
         threshold: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(A, codes, absmax)
-        ctx.threshold = threshold
-        ctx.weight_dtype = B.dtype
-        ctx.pinned = selection.current() if ordinary_execution() else None
+        save_int8(ctx, A, B, codes, absmax, threshold)
         return ops.int8_linear(A, codes, absmax, bias, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        (grad,) = grads
-        A, codes, absmax = ctx.saved_tensors
-        with contextlib.nullcontext() if ctx.pinned is None else selection.pinned(ctx.pinned):
-            grad_A = ops.int8_linear_transposed(grad, codes, absmax) if ctx.needs_input_grad[0] else None
-            rows, x = as_rows("matmul", "grad", grad), as_rows("matmul", "A", A)
-            grad_B = _weight_gradient(rows, x, ctx.threshold).to(ctx.weight_dtype)
-        grad_bias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[2] else None
-        return grad_A, grad_B, grad_bias, None, None, None
+        return (*int8_gradients(ctx, grads[0], ctx.needs_input_grad[:3]), None, None, None)
+
+
+def save_int8(ctx: Any, A: torch.Tensor, B: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> None:
+    """Keep what `int8_gradients` needs, and the backends that compute the product."""
+    ctx.save_for_backward(A, codes, absmax)
+    ctx.threshold = threshold
+    ctx.weight_dtype = B.dtype
+    keep_backends(ctx)
+
+
+def int8_gradients(ctx: Any, grad: torch.Tensor, needs: Tuple[bool, ...]) -> Tuple[Optional[torch.Tensor], ...]:
+    """Return the gradients of input, weight and bias, where they are needed."""
+    A, codes, absmax = ctx.saved_tensors
+    with same_backends(ctx):
+        grad_A = ops.int8_linear_transposed(grad, codes, absmax) if needs[0] else None
+        grad_B = _weight_gradient(grad, A, ctx.threshold).to(ctx.weight_dtype) if needs[1] else None
+    return grad_A, grad_B, grad.sum_to_size(grad.shape[-1]) if needs[2] else None
+
+
+def keep_backends(ctx: Any) -> None:
+    """Have a backward use the backends of its forward; where torch traces, a graph uses those of the process."""
+    ctx.pinned = selection.current() if ordinary_execution() else None
+
+
+def same_backends(ctx: Any) -> ContextManager[None]:
+    """Use the backends that `keep_backends` has kept."""
+    return contextlib.nullcontext() if ctx.pinned is None else selection.pinned(ctx.pinned)
 
 
 def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return grad^T x."""
+    """Return grad^T x, of rows that are quantized by columns; with a threshold, in the dtype that they have."""
+    grad, x = as_rows("matmul", "grad", grad), as_rows("matmul", "A", x)
     if threshold > 0.0:
         # Outlier columns need a product in full precision, and which they are is known only on the device: all of them take it.
         # CPUs multiply float16 slowly, or not at all in older torch.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 
 from bnb_core.errors import InvalidArgumentError
+from bnb_core.ops import gemm_4bit
+from bnb_core.ops.plain import ordinary_execution
+from bnb_core.ops.repeated import Repeated
 from bnb_core.ops.spec import Nested
-from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, read_entries
+from bnb_core.ops.structured import structured_op
+from bnb_core.quantization.checkpoint import KEYS, PACKED_PREFIX, dtype_name, pack_dict_to_tensor, read_entries
 
 
 class QuantState:
@@ -33,6 +36,9 @@ class QuantState:
     valid_quant_types = ("fp4", "nf4")
     valid_qs_type_keys = (f"{PACKED_PREFIX}fp4", f"{PACKED_PREFIX}nf4")
     valid_qs_keys = (*KEYS, "quant_state")
+
+    #: Finds the next product to be like the last one.
+    _product: Optional[Repeated] = None
 
     def __init__(
         self,
@@ -60,11 +66,33 @@ class QuantState:
         """The scales' own scales as ops take them; None if the scales are not quantized."""
         if not self.nested:
             return None
-        if self.offset is None:
+        offset, second = self.offset, self.state2
+        if offset is None:
             raise InvalidArgumentError("QuantState: offset is None although the statistics are nested; set it to a float32 scalar")
         # Each product asks for this, and a cast costs it a microsecond even where there is nothing to do.
-        offset = self.offset if self.offset.dtype == torch.float32 else self.offset.to(torch.float32)
-        return Nested(self.state2.absmax, self.state2.code, offset, self.state2.blocksize)
+        if offset.dtype != torch.float32:
+            offset = offset.to(torch.float32)
+        return Nested(second.absmax, second.code, offset, second.blocksize)
+
+    def multiply(self, x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Return x W^T + bias, where W is the matrix that this is the state of.
+
+        Args:
+            x: float32, float16 or bfloat16 [..., K].
+            packed: the 4-bit codes of W [N, K], as bytes.
+            bias: [N] in x's dtype.
+
+        Raises:
+            InvalidArgumentError: a dtype, shape or device that is not accepted.
+        """
+        N, K = self.shape
+        weight = (packed, self.absmax, self.code, self.blocksize, N, K, bias, self.nested_statistics)
+        if torch.is_grad_enabled() or not ordinary_execution():
+            return gemm_4bit(x, *weight)
+        if self._product is None:
+            self._product = Repeated(structured_op("gemm_4bit"))
+        result: torch.Tensor = self._product(x, *weight)
+        return result
 
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""
@@ -100,10 +128,14 @@ class QuantState:
             and self.state2 == other.state2
         )
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_product"}
+
     __hash__ = None  # type: ignore[assignment]  # equal up to rounding is no basis for a hash
 
     def to(self, device: Union[torch.device, str, int]) -> "QuantState":
         """Move to a device, in place, and return self."""
+        self._product = None  # which keeps the tensors that it was called with
         self.absmax = self.absmax.to(device)
         if self.code is not None:
             self.code = self.code.to(device)
@@ -146,8 +178,7 @@ class QuantState:
             return entries
         tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor)}
         others = {key: value for key, value in entries.items() if key not in tensors}
-        text = json.dumps(others).encode("utf-8")
-        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+        tensors[f"quant_state.{PACKED_PREFIX}{self.quant_type}"] = pack_dict_to_tensor(others)
         return tensors
 
     @classmethod

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bnb_core import ops
+from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops.plain import REGISTERED, add_plain_type, is_plain, ordinary_execution
 from bnb_core.ops.spec import OPS, Nested
 
@@ -119,8 +120,8 @@ def test_a_wrapper_subclass_sees_the_ops_of_the_backward(example_call):
 
 
 @needs_registration
-def test_distributed_tensors_are_left_to_the_dispatcher(example_call):
-    """Without a rule how to shard the op, DTensor says so; its local shard is never multiplied as if it were the whole."""
+def test_distributed_tensors_are_refused(example_call):
+    """A local shard is never multiplied as if it were the whole."""
     dtensor = pytest.importorskip("torch.distributed.tensor")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -129,11 +130,10 @@ def test_distributed_tensors_are_left_to_the_dispatcher(example_call):
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
         x, *rest = example_call("gemm_4bit")
         sharded = dtensor.distribute_tensor(x, mesh, [dtensor.Shard(0)])
-        with pytest.raises(RuntimeError, match=r"bnb\.gemm_4bit.* got mixed torch.Tensor and DTensor"):
-            ops.gemm_4bit(sharded, *rest)
         whole = [dtensor.distribute_tensor(value, mesh) if isinstance(value, torch.Tensor) else value for value in rest]
-        with pytest.raises(NotImplementedError, match=r"bnb\.gemm_4bit"):
-            ops.gemm_4bit(sharded, *whole)
+        for others in (rest, whole):
+            with pytest.raises(InvalidArgumentError, match=r"gemm_4bit: x is a DTensor with placements .* pass x.to_local\(\)"):
+                ops.gemm_4bit(sharded, *others)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -91,7 +91,7 @@ def test_given_outputs_are_filled():
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_matmul_of_int8_weights(threshold):
-    state = bnb.MatmulLtState(has_fp16_weights=False, is_training=False, threshold=threshold)
+    state = bnb.MatmulLtState(has_fp16_weights=False, threshold=threshold)
     state.CB, state.SCB, _ = F.int8_vectorwise_quant(torch.randn(48, 64))
     x = torch.randn(5, 64, requires_grad=True)
     y = compiled(lambda x: bnb.matmul(x, state.CB, state=state))(x)

@@ -237,6 +237,18 @@ def test_a_tangent_is_never_lost_in_silence(op, at, example_call):
         call(forward_ad.unpack_dual(forward_ad.make_dual(args[at], args[at])).primal)
 
 
+@pytest.mark.xfail(strict=True, reason="torch.library makes an autograd.Function without setup_context of an op with a derivative")
+def test_grad_within_a_compiled_function(example_call):
+    """If this passes, torch can do it, and the op reference may say so."""
+    x, *rest = example_call("gemm_4bit")
+
+    def loss(x):
+        return ops.gemm_4bit(x, *rest).square().sum()
+
+    torch._dynamo.reset()
+    close(torch.compile(grad(loss), backend="aot_eager")(x), grad(loss)(x))
+
+
 def test_functionalize(linear):
     def add_in_place(x):
         y = linear(x)

@@ -25,3 +25,19 @@ def bnb_run(run_program):
     """Run `bnb run` with these arguments and return what it prints. The real bitsandbytes is hidden where it is installed."""
     command = (sys.executable, "-c", "from bnb_core.cli import main; main()", "run", "--force")
     return lambda *arguments: run_program(*command, *arguments)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """Make a tokenizer of transformers for the words "w2", "w3" and so on, as many as are wanted."""
+
+    def make(count):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = {"<unk>": 0, "</s>": 1, **{f"w{number}": number for number in range(2, count)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+
+    return make

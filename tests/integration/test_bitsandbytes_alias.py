@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,29 +12,7 @@ import pytest
 
 from bnb_core.integrations import bitsandbytes_alias
 
-#: What the alias lacks of the public names of bitsandbytes 0.50.2, and why. Its page in the documentation names each of them.
-LACKING = {
-    # Handles of its C library, and what is built on them.
-    "functional": {"CUBLAS_Context", "GlobalPageManager"},
-    "cextension": {
-        "CudaBNBNativeLibrary",
-        "ErrorHandlerMockBNBNativeLibrary",
-        "XpuBNBNativeLibrary",
-        "get_available_cuda_binary_versions",
-        "get_cuda_bnb_library_path",
-        "get_native_library",
-        "get_xpu_bnb_library_path",
-        "parse_cuda_version",
-    },
-    "cuda_specs": {"get_rocm_gpu_arch"},
-    # Bases of its implementation: those of bnb_core have other arguments.
-    "optim.optimizer": {"MockArgs", "Optimizer1State", "Optimizer2State"},
-    "autograd._functions": {"GlobalOutlierPooler", "MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt"},
-    # Layouts that no version has written since 0.45.
-    "nn.modules": {"maybe_rearrange_weight"},
-    # No part of quantization.
-    "utils": {"execute_and_return", "outlier_hook"},
-}
+PAGE = Path(__file__).parents[2] / "docs" / "move-from-bitsandbytes.md"
 MODULES = (
     *("functional", "nn", "nn.modules", "nn.parametrize", "autograd._functions", "utils", "cextension", "cuda_specs", "optim"),
     *(f"optim.{name}" for name in ("adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "optimizer", "rmsprop", "sgd")),
@@ -157,32 +136,42 @@ def test_enable_needs_no_torch_and_may_be_repeated(run_program):
 
 
 @real_is_installed
-def test_has_the_public_names_of_bitsandbytes(bnb_run, run_program, script):
+@pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not beside these tests")
+def test_has_the_public_names_of_bitsandbytes_but_for_those_that_the_documentation_names(bnb_run, run_program, script):
     path = script(PUBLIC_NAMES)
     theirs, ours = json.loads(run_program(sys.executable, path)), json.loads(bnb_run(path))
     assert len(theirs["functional"][1]) > 30
-    lacking = {name: set(theirs[name][1]) - set(ours[name][0]) for name in MODULES}
-    assert {name: names for name, names in lacking.items() if names} == LACKING
-
-
-def test_what_is_lacking_is_documented():
-    page = Path(__file__).parents[2] / "docs" / "move-from-bitsandbytes.md"
-    if not page.exists():
-        pytest.skip("the documentation is not beside these tests")
-    text = page.read_text(encoding="utf-8")
-    assert [name for names in LACKING.values() for name in names if f"`{name}`" not in text] == []
+    lacking = {f"{module}.{name}" for module in MODULES for name in set(theirs[module][1]) - set(ours[module][0])}
+    documented = set(re.findall(r"`((?:cextension|cuda_specs)\.\w+)`", PAGE.read_text(encoding="utf-8")))
+    assert lacking == documented
 
 
 def test_objects_are_those_of_bnb_core(evaluate):
     code = """
 result = [
     [name for name in core.nn.__all__ if getattr(bnb.nn, name) is not getattr(core.nn, name)],
+    [name for name in core.nn.modules.__all__ if getattr(bnb.nn.modules, name) is not getattr(core.nn.modules, name)],
+    [name for name in core.utils.__all__ if getattr(bnb.utils, name) is not getattr(core.utils, name)],
     [name for name in core.functional.__all__ if getattr(bnb.functional, name) is not getattr(core.functional, name)],
     bnb.matmul_4bit is core.matmul_4bit and bnb.MatmulLtState is core.MatmulLtState,
     bnb.optim.GlobalOptimManager is core.optim.GlobalOptimManager,
 ]
 """
-    assert evaluate(code) == [[], [], True, True]
+    assert evaluate(code) == [[], [], [], [], True, True]
+
+
+def test_features(evaluate):
+    assert evaluate("result = [sorted(bnb.features), hasattr(bnb, 'feature')]") == [["multi_backend"], False]
+
+
+def test_old_transformers_is_told_that_a_cpu_will_do(evaluate):
+    code = """
+import sys, types
+old = sys.modules["transformers.integrations.bitsandbytes"] = types.ModuleType("transformers.integrations.bitsandbytes")
+old.is_ipex_available = lambda: False
+result = [old.is_ipex_available(), "multi_backend" in bnb.features and old.is_ipex_available()]
+"""
+    assert evaluate(code) == [False, True]
 
 
 def test_optimizers_are_told_by_their_module(evaluate):

@@ -1,5 +1,6 @@
 """`quantize_model`, `dequantize_model`, `save_quantized` and `load_quantized` on models of any kind."""
 
+import errno
 import json
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import nn
 
 import bnb_core as bnb
-from bnb_core.errors import CheckpointError, InvalidArgumentError
+from bnb_core.errors import CheckpointError, InvalidArgumentError, StorageError
+from bnb_core.integrations.checkpoint_folder import CheckpointFolder
+from bnb_core.integrations.safetensors_file import SafetensorsWriter
 
 
 class Tied(nn.Module):
@@ -115,5 +118,41 @@ def test_load_names_what_does_not_fit(tmp_path):
         bnb.load_quantized(tmp_path / "saved", "cpu", Tied(32))
     with pytest.raises(CheckpointError, match="nothing of that name"):
         bnb.load_quantized(tmp_path / "saved", "cpu", nn.Sequential(nn.Linear(64, 128)))
-    with pytest.raises(InvalidArgumentError, match="is not empty"):
+    with pytest.raises(InvalidArgumentError, match="not an empty folder"):
         bnb.save_quantized(model, tmp_path / "saved")
+
+
+def test_shards(tmp_path):
+    model = Tied().eval()
+    bnb.quantize_model(model, "nf4")
+    expected = model(TOKENS)
+    bnb.save_quantized(model, tmp_path / "whole")
+    bnb.save_quantized(model, tmp_path / "saved", shard_bytes=10_000)
+    files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert files == [f"model-{index + 1:05}-of-{len(files):05}.safetensors" for index in range(len(files))]
+    assert len(files) > 2
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert len({index["weight_map"][name] for name in index["weight_map"] if name.startswith("first.")}) == 1
+    entries = CheckpointFolder(tmp_path / "saved").entries
+    assert index["metadata"]["total_size"] == sum(entry.nbytes for entry in entries.values())
+    assert set(entries) == set(CheckpointFolder(tmp_path / "whole").entries)
+    assert torch.equal(bnb.load_quantized(tmp_path / "saved", "cpu", Tied())(TOKENS), expected)
+    with pytest.raises(InvalidArgumentError, match="shard_bytes is 0"):
+        bnb.save_quantized(model, tmp_path / "other", shard_bytes=0)
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = Tied()
+    bnb.quantize_model(model, "nf4")
+    write = SafetensorsWriter._write_bytes
+
+    def write_a_little(writer, data):
+        if writer._offset > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(writer, data)
+
+    monkeypatch.setattr(SafetensorsWriter, "_write_bytes", write_a_little)
+    with pytest.raises(StorageError, match="No space left on device"):
+        bnb.save_quantized(model, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bnb_core.integrations.safetensors_file import SafetensorsReader, Safetensor
 safetensors = pytest.importorskip("safetensors.torch")
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+RELIABILITY = Path(__file__).parents[1] / "reliability"
 LAYERS = [f"model.layers.{index}.mlp.{name}_proj" for index in range(2) for name in ("up", "down")]
 
 
@@ -150,6 +153,42 @@ def test_a_killed_run_goes_on(tmp_path):
     assert_same(read(tmp_path / "out"), in_memory(tensors, "nf4"))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes that were forked")
+def test_a_kill_at_any_step(tmp_path):
+    write(tmp_path / "source", {f"model.layers.{index}.up_proj.weight": torch.randn(8, 64) for index in range(2)}, shards=2)
+    (tmp_path / "folder").mkdir()
+    run = subprocess.run(
+        [sys.executable, str(RELIABILITY / "kill_everywhere.py"), str(tmp_path / "source"), str(tmp_path / "folder")],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert int(run.stdout) > 30
+
+
+def test_two_at_once(tmp_path):
+    tensors = weights()
+    source = write(tmp_path / "source", tensors)
+    refused = []
+
+    def begin_another(count, what):
+        with pytest.raises(StorageError, match="is being written by process") as caught:
+            bnb.quantize_checkpoint(source, tmp_path / "out")
+        refused.append(caught)
+        with pytest.raises(StorageError, match="is being written by process"):
+            bnb.save_quantized(small_model(), tmp_path / "out")
+
+    bnb.quantize_checkpoint(source, tmp_path / "out", progress=begin_another)
+    assert refused
+    assert_same(read(tmp_path / "out"), in_memory(tensors, "nf4"))
+
+
+def small_model():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    bnb.quantize_model(model)
+    return model
+
+
 @pytest.mark.parametrize("change", ["damage", "other options"])
 def test_what_does_not_fit_is_made_again(tmp_path, change):
     tensors = weights()
@@ -256,30 +295,7 @@ def test_writer_aligns_tensors_of_any_size(tmp_path):
         assert all(entry.start % tensors[name].element_size() == 0 for name, entry in reader.entries.items())
 
 
-PEAK = """
-import sys, torch
-def resident(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-torch.set_num_threads(1)
-before = resident("VmRSS")
-import bnb_core as bnb
-bnb.quantize_checkpoint(sys.argv[1], sys.argv[2], "nf4")
-print(resident("VmHWM") - before)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory(tmp_path):
-    embedding, layer = torch.zeros(40_000, 1024, dtype=torch.bfloat16), torch.zeros(4096, 4096, dtype=torch.bfloat16)
-    tensors = {"model.embed_tokens.weight": embedding}
-    tensors.update({f"model.layers.{index}.up_proj.weight": layer.clone() for index in range(7)})
-    write(tmp_path / "source", tensors, shards=2)
-    largest = embedding.numel() * 2
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    peak = int(run.stdout)
-    assert peak < 2 * largest + 150e6
-    assert peak < 250e6  # the checkpoint itself has 317 MB
+    """The bounds are below what the whole checkpoint takes, which is 600 MB."""
+    subprocess.run([sys.executable, str(RELIABILITY / "quantize_memory.py"), str(tmp_path), "0.6"], check=True)

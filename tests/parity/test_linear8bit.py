@@ -117,7 +117,7 @@ def test_parameters_and_states_have_the_same_attributes():
     ours, theirs = pair(threshold=6.0)
     assert set(ours.weight.__dict__) == set(theirs.weight.__dict__)
     assert ours.weight.has_fp16_weights == theirs.weight.has_fp16_weights
-    for name in ("threshold", "has_fp16_weights", "use_pool", "is_training", "idx", "CB"):
+    for name in ("threshold", "has_fp16_weights", "use_pool", "is_training", "idx"):
         assert getattr(ours.state, name) == getattr(theirs.state, name), name
     assert repr(ours) == repr(theirs)
     assert set(vars(theirs)) - set(vars(ours)) == set()

@@ -1,7 +1,8 @@
-"""Measure the memory that `quantize_checkpoint` takes: `python quantize_memory.py FOLDER [GIGABYTES]`.
+"""Measure the memory of `quantize_checkpoint` and `load_quantized`: `python quantize_memory.py FOLDER [GIGABYTES]`.
 
-Makes a checkpoint in FOLDER with an embedding of a quarter of its size, quantizes it in a process of its own, and fails where the
-peak, above what that process had after `import torch`, is not under twice the largest tensor plus 150 MB.
+Makes a checkpoint in FOLDER with an embedding of a quarter of its size, quantizes it in a process of its own, and loads the result
+in another. Fails where a peak, above what the process had after `import torch`, is not under its bound: for quantizing, twice the
+largest tensor plus 150 MB; for loading, the quantized checkpoint plus 150 MB.
 """
 
 import json
@@ -25,14 +26,30 @@ def resident(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 before = resident("VmRSS")
 import bnb_core
-bnb_core.quantize_checkpoint(sys.argv[1], sys.argv[2], "nf4")
+{work}
 print(resident("VmHWM") - before)
+"""
+QUANTIZE = 'bnb_core.quantize_checkpoint(sys.argv[1], sys.argv[2], "nf4")'
+#: Into a model of the checkpoint's names, on the meta device.
+LOAD = """
+from torch import nn
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(width, width, bias=False, dtype=torch.bfloat16, device="meta")})
+class Model(nn.Module):
+    def __init__(self, rows, width, layers):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(rows, width, dtype=torch.bfloat16, device="meta")
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+model = bnb_core.load_quantized(sys.argv[1], "cpu", nn.ModuleDict({"model": Model(*map(int, sys.argv[2:]))}))
+assert not any(tensor.is_meta for tensor in model.state_dict().values())
 """
 
 
 def make(folder, total):
-    """Write the checkpoint, and return the size of its largest tensor."""
-    embedding_bytes = total // 4
+    """Write the checkpoint, and return the rows of its embedding and the number of its layers."""
+    embedding_bytes = total // 4 // (2 * WIDTH) * (2 * WIDTH)
     layers = (total - embedding_bytes) // LAYER_BYTES
     names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(layers)]
     parts = [["model.embed_tokens.weight"]] + [
@@ -50,25 +67,33 @@ def make(folder, total):
         places.update(dict.fromkeys(part, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    return max(embedding_bytes, LAYER_BYTES)
+    return embedding_bytes // (2 * WIDTH), layers
+
+
+def peak(work, *arguments):
+    """Return the bytes that a process takes at most, above what it has after `import torch`."""
+    command = [sys.executable, "-c", MEASURE.format(work=work), *map(str, arguments)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def main(folder, gigabytes="4"):
-    """Make, quantize, compare."""
+    """Make, quantize, load, compare."""
     source, destination = Path(folder) / "source", Path(folder) / "quantized"
     for old in (source, destination):
         shutil.rmtree(old, ignore_errors=True)
     try:
-        largest = make(source, int(float(gigabytes) * 1e9))
-        output = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(source), str(destination)], stdout=subprocess.PIPE, check=True
-        ).stdout
+        rows, layers = make(source, int(float(gigabytes) * 1e9))
+        largest = max(rows * WIDTH * 2, LAYER_BYTES)
+        results = [("quantizing", peak(QUANTIZE, source, destination), 2 * largest)]
+        quantized = sum(path.stat().st_size for path in destination.iterdir())
+        results.append(("loading", peak(LOAD, destination, rows, WIDTH, layers), quantized))
     finally:
         for made in (source, destination):
             shutil.rmtree(made, ignore_errors=True)
-    peak, bound = int(output), 2 * largest + 150e6
-    print(f"peak {peak / 1e6:.0f} MB above `import torch`; largest tensor {largest / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB")
-    sys.exit(peak >= bound)
+    print(f"largest tensor {largest / 1e6:.0f} MB, quantized checkpoint {quantized / 1e6:.0f} MB")
+    for what, most, bound in results:
+        print(f"{what}: peak {most / 1e6:.0f} MB above `import torch`, bound {bound / 1e6 + 150:.0f} MB")
+    sys.exit(any(most >= bound + 150e6 for _, most, bound in results))
 
 
 if __name__ == "__main__":

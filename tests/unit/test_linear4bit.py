@@ -262,3 +262,16 @@ def test_an_unquantized_parameter_takes_the_statistics_away():
     module.to("cpu")
     assert torch.equal(module.weight.data, functional.quantize_nf4(values)[0])
     assert module.quant_state is module.weight.quant_state
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weight_that_is_no_parameter_any_more(bias):
+    """As sharding leaves it: an attribute in place of the parameter."""
+    module = LinearNF4(64, 32, bias=bias).to("cpu")
+    x = torch.randn(2, 64)
+    expected = module(x)
+    for name in ("weight", "bias"):
+        value = getattr(module, name)
+        delattr(module, name)
+        setattr(module, name, None if value is None else value.data)
+    assert torch.equal(module(x), expected)

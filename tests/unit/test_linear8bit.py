@@ -1,8 +1,12 @@
 """Linear8bitLt: what is particular to int8 weights."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+import bnb_core as bnb
 from bnb_core import functional
 from bnb_core.errors import CheckpointError, InvalidArgumentError, NotQuantizedError
 from bnb_core.nn import Int8Params, Linear8bitLt
@@ -105,6 +109,35 @@ def test_init_8bit_state():
     assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
     assert module.to("meta").state.CB.is_meta
     assert module.state.SCB.is_meta
+
+
+def test_codes_of_the_state_are_those_that_the_weight_has_now():
+    module = quantized(bias=False)
+    assert module.state.CB.data_ptr() == module.weight.data_ptr()
+    other = quantized(bias=False)
+    module._parameters["weight"] = other.weight  # as libraries that offload weights do
+    assert module.state.CB.data_ptr() == other.weight.data_ptr()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin.state == module.state
+        assert twin.state.CB.data_ptr() == twin.weight.data_ptr() != module.weight.data_ptr()
+        twin.state.SCB = twin.state.SCB * 2
+        assert twin.state != module.state
+    module.state.CB = torch.zeros_like(module.weight)
+    assert not module.weight.any()
+    alone = copy.copy(module.state)
+    del module
+    assert alone.CB is None
+
+
+def test_a_product_with_the_state_leaves_a_weight_in_floating_point_as_it_is():
+    module = Linear8bitLt(IN, OUT, bias=False, has_fp16_weights=True)
+    x = torch.randn(3, IN)
+    before = module.weight.detach().clone()
+    assert module.state.CB is None
+    y = bnb.matmul(x, module.weight, state=module.state)
+    assert torch.equal(y, module(x))
+    assert torch.equal(module.weight, before)
+    assert module.state.CB.dtype == torch.int8
 
 
 def test_scales_that_a_loader_sets_serve():

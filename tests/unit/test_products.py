@@ -175,7 +175,7 @@ def test_transposed_weights_check_their_bias_too():
 
 
 def inference_state(weight, threshold=0.0):
-    state = bnb.MatmulLtState(has_fp16_weights=False, is_training=False, threshold=threshold)
+    state = bnb.MatmulLtState(has_fp16_weights=False, threshold=threshold)
     state.CB, state.SCB, _ = F.int8_vectorwise_quant(weight)
     return state
 
@@ -246,7 +246,8 @@ def test_weights_are_quantized_where_the_state_has_none():
 def test_trained_weights_are_quantized_anew(training):
     """Also in evaluation, and while gradients accumulate: an optimizer may have stepped in between."""
     weight = torch.nn.Parameter(torch.randn(24, 40))
-    state = bnb.MatmulLtState(is_training=training)
+    state = bnb.MatmulLtState()
+    state.is_training = training
     x = torch.randn(3, 40)
     bnb.matmul(x, weight, state=state).sum().backward()
     assert weight.grad is not None
@@ -360,6 +361,10 @@ def test_state_defaults_are_those_of_bitsandbytes():
     assert (state.threshold, state.use_pool, state.force_no_igemmlt, state.has_accumulated_gradients) == (0.0, False, False, False)
     for name in ("CB", "SB", "SCB", "SBt", "CBt", "subB", "outlier_pool", "idx"):
         assert getattr(state, name) is None
+
+
+def test_state_answers_peft_for_python_38():
+    assert bnb.MatmulLtState().memory_efficient_backward is False
 
 
 def test_reset_grads_forgets_the_weight():

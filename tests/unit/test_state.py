@@ -278,7 +278,7 @@ HOSTILE = {
     "packed a dict": (lambda: {"quant_state.bitsandbytes__nf4": {}}, "is a dict; it must be a tensor"),
     "packed on meta": (
         lambda: {"quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8, device="meta")},
-        "9 bytes on meta",
+        "on the meta device",
     ),
     "packed huge": (lambda: pack(b" " * 20000), "20000 bytes"),
     "packed empty": (lambda: pack(b""), "is not JSON"),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from bnb_reference import devices
+from bnb_reference.matmul import BFLOAT16_ROWS
 
 from bnb_core import ops
 from bnb_core.ops import Nested
@@ -10,15 +12,17 @@ from bnb_core.ops import Nested
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-def check(y, x, w, bias=None):
-    """Compare y with x w^T + bias in float64: |error| <= u |y| + 2^-24 (1 + K) sum |x||w|.
+def check(y, x, w, bias=None, operand=2.0**-24):
+    """Compare y with x w^T + bias in float64: |error| <= u |y| + (operand + 2^-24 K) sum |x||w|.
 
-    That is what every backend must reach in float32; this one computes in float32 whatever the dtype, and rounds at the end.
+    `operand` is what rounding the factors may take. Every backend must reach the default in float32; this one multiplies in float32
+    whatever the dtype, unless there are many rows of bfloat16, and rounds at the end.
     """
     x, w = x.double(), w.double()
     exact = x @ w.t() if bias is None else x @ w.t() + bias.double()
     u = ROUNDOFF[y.dtype]
-    bound = u * exact.abs() + 2.0**-24 * (1 + x.shape[-1]) * (x.abs() @ w.abs().t())
+    tiny = torch.finfo(y.dtype).tiny * u  # rounding to subnormal numbers
+    bound = u * exact.abs() + tiny + (operand + 2.0**-24 * x.shape[-1]) * (x.abs() @ w.abs().t())
     error = (y.double() - exact).abs()
     assert y.shape == exact.shape
     assert (error <= bound).all(), f"{(error / bound).max()} times the bound"
@@ -51,7 +55,7 @@ class Weight:
 def test_gemm(N, K, blocksize, nested, nf4, dtype, pieces):
     weight = Weight(N, K, nf4, blocksize, nested)
     bias = torch.randn(N).to(dtype)
-    for shape in ((K,), (1, K), (3, 5, K), (33, K)):
+    for shape in ((K,), (1, K), (3, 5, K), (BFLOAT16_ROWS - 1, K)):
         x = torch.randn(shape).to(dtype)
         check(weight.gemm(x, bias), x, weight.values, bias)
         check(weight.gemm(x), x, weight.values)
@@ -90,6 +94,31 @@ def test_large_bias_over_small_products(nf4, dtype):
     x = (torch.rand(3, 4096) * 1e-3).to(dtype)
     bias = torch.full((8,), 3e4).to(dtype)
     check(weight.gemm(x, bias), x, weight.values, bias)
+
+
+@pytest.fixture(params=["this processor", "bfloat16 instructions"])
+def bfloat16_instructions(request, monkeypatch):
+    """Multiply many rows of bfloat16 as this processor would, and as one that has instructions for it."""
+    if request.param == "bfloat16 instructions":
+        monkeypatch.setattr(devices, "multiplies_bfloat16", lambda device: True)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_many_rows_of_bfloat16(nested, nf4, bfloat16_instructions):
+    weight = Weight(700, 901, nf4, nested=nested)
+    x, g = torch.randn(BFLOAT16_ROWS, 901).bfloat16(), torch.randn(BFLOAT16_ROWS, 700).bfloat16()
+    bias = torch.randn(700).bfloat16()
+    check(weight.gemm(x, bias), x, weight.values, bias, operand=2.0**-8)
+    check(weight.gemm_transposed(g), g, weight.values.t(), operand=2.0**-8)
+
+
+@pytest.mark.parametrize(("x_scale", "w_scale"), [(2.0**-127, 1.0), (1.0, 2.0**-127), (2.0**-100, 2.0**-30), (2.0**-10, 2.0**126)])
+def test_many_rows_of_tiny_and_huge_bfloat16(x_scale, w_scale, nf4, bfloat16_instructions):
+    # Instructions for bfloat16 take subnormal numbers for zero, and rounding the weight to it may overflow.
+    weight = Weight(16, 64, nf4, values=torch.randn(16, 64).clamp(-1.99, 1.99) * w_scale)
+    x, g = ((torch.randn(BFLOAT16_ROWS, n) * x_scale).bfloat16() for n in (64, 16))
+    check(weight.gemm(x), x, weight.values)
+    check(weight.gemm_transposed(g), g, weight.values.t())
 
 
 def test_rounds_once(nf4):

@@ -77,6 +77,18 @@ def test_extreme_scales(bnb_kernel: KernelUnderTest, rows: int, scale: float) ->
 
 
 @for_ops("gemm_4bit", "gemm_4bit_transposed")
+@pytest.mark.parametrize("rows", [1, 20, 64])
+def test_subnormal_activations(bnb_kernel: KernelUnderTest, rows: int) -> None:
+    """Instructions for bfloat16 products take subnormal numbers for zero on many CPUs."""
+    N, K = 24, 100
+    weight = cases.weight_4bit(N * K, 64)
+    width = K if bnb_kernel.spec.name == "gemm_4bit" else N
+    rest = (None, weight.nested) if bnb_kernel.spec.name == "gemm_4bit" else (weight.nested,)
+    x = cases.activations("normal", (rows, width), bnb_kernel.dtype) * (torch.finfo(bnb_kernel.dtype).tiny / 2)
+    bnb_kernel.verify(x, *weight.quantized, N, K, *rest)
+
+
+@for_ops("gemm_4bit", "gemm_4bit_transposed")
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_nan_and_infinity_in_one_row(bnb_kernel: KernelUnderTest, rows: int, special: float) -> None:

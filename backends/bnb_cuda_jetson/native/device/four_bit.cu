@@ -74,7 +74,7 @@ __device__ void quantize(uint8* packed, float* absmax, const T* x, const float* 
 }
 
 #define QUANTIZE_4BIT(name, T)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads)                                                        \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3)                                                        \
       quantize_4bit_##name(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) { \
     quantize(packed, absmax, x, codebook, blocksize_shift, n);                                                          \
   }

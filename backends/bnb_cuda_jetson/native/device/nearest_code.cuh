@@ -61,10 +61,18 @@ struct Ranking {
     return count;
   }
 
+  // The same, from the rank of a neighbouring value.
+  __device__ int below(float value, int rank) const {
+    while (rank < kEntries - 1 && midpoints[rank] < value) ++rank;
+    while (rank > 0 && !(midpoints[rank - 1] < value)) --rank;
+    return rank;
+  }
+
   // Ranks at the two ends of a bucket, whose magnitudes have the bits `low` to `last`. The midpoints in between are inside it.
-  __device__ int2 ends(bool negative, uint32 low, uint32 last) const {
-    if (negative) return make_int2(below(-__uint_as_float(last)), below(-__uint_as_float(low)));
-    return make_int2(below(__uint_as_float(low)), below(__uint_as_float(last + 1)));
+  // `near` is a rank not far from them.
+  __device__ int2 ends(bool negative, uint32 low, uint32 last, int near) const {
+    const int from = below(negative ? -__uint_as_float(last) : __uint_as_float(low), near);
+    return make_int2(from, below(negative ? -__uint_as_float(low) : __uint_as_float(last + 1), from));
   }
 };
 
@@ -109,7 +117,7 @@ class NearestCode4bit {
 
   // The words for small magnitudes must be right for any remaining bits.
   __device__ uint32 bucket(bool negative, uint32 low, uint32 last) const {
-    const int2 ranks = ranking_.ends(negative, low, last);
+    const int2 ranks = ranking_.ends(negative, low, last, 8);
     const uint32 from = ranking_.codes[ranks.x], to = ranking_.codes[ranks.y];
     const uint32 never = 0xffffffffu << (32 - kShift);  // no value's remaining bits are larger
     if (ranks.x == ranks.y) return never | from;
@@ -131,8 +139,14 @@ class NearestCode8bit {
     ranking_.build(codebook);
     const Layout layout(ranking_.has_negative);
     const int sides = ranking_.has_negative ? 2 : 1;
-    for (int i = threadIdx.x; i < sides * layout.count; i += blockDim.x) {
-      words_[i] = bucket(layout, i % layout.count, i >= layout.count);
+    // Each thread takes neighbouring buckets, whose ranks are near to each other.
+    const int buckets = sides * layout.count, each = (buckets + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
+    int near = 128;
+#pragma unroll 1
+    for (int i = first; i < min(first + each, buckets); ++i) {
+      const bool negative = i >= layout.count;
+      if (i == first) near = ranking_.below((negative ? -1.0f : 1.0f) * __uint_as_float(layout.low(i % layout.count)));
+      words_[i] = bucket(layout, i % layout.count, negative, near);
     }
     __syncthreads();
   }
@@ -185,11 +199,16 @@ class NearestCode8bit {
       negative_side = is_signed ? count : 0;
       magnitude = is_signed ? 0x7fffffffu : 0xffffffffu;  // with its sign, a negative value falls below the first bucket
     }
+
+    // The smallest magnitude of a bucket, as bits.
+    __device__ uint32 low(int at) const { return at ? uint32(first + at) << shift : 0; }
   };
 
-  __device__ uint32 bucket(const Layout& layout, int at, bool negative) const {
-    const uint32 low = at ? uint32(layout.first + at) << layout.shift : 0;
-    const int2 ranks = ranking_.ends(negative, low, (uint32(layout.first + at + 1) << layout.shift) - 1);
+  // `near` is a rank not far from the bucket's, and becomes one of them.
+  __device__ uint32 bucket(const Layout& layout, int at, bool negative, int& near) const {
+    const uint32 low = layout.low(at);
+    const int2 ranks = ranking_.ends(negative, low, layout.low(at + 1) - 1, near);
+    near = ranks.x;
     const uint32 never = 0xffffffffu << (32 - layout.shift);  // no value's remaining bits are larger
     if (ranks.x == ranks.y) return never | ranks.x;
     if (ranks.y - ranks.x > 1 || low == 0) return kSearch;

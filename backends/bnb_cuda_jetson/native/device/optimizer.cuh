@@ -63,7 +63,9 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
 // The gradient that the algorithm gets.
 __device__ inline float prepared(const Scalars& s, float grad, float param) {
   const float scaled = grad * s.gnorm_scale;
-  return s.weight_decay != 0.0f ? fmaf(s.weight_decay, param, scaled) : scaled;
+  float decayed = fmaf(s.weight_decay, param, scaled);
+  settle(decayed);
+  return s.weight_decay != 0.0f ? decayed : scaled;
 }
 
 __device__ inline bool is_updated(const Scalars& s, float grad) { return isfinite(grad) && !(s.skip_zeros && grad == 0.0f); }
@@ -167,7 +169,11 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), i < count ? absmax[k] : 0.0f);
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), absmax[k]);
+        if (!vector) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) states[k][i] = i < count ? states[k][i] : 0.0f;  // which does not raise the absmax
+        }
       } else {
         loaded[k].values(states[k]);
       }
@@ -178,10 +184,14 @@ struct Piece {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) after[k] = states[k][i];
       const float direction = update<kAlgorithm>(s, prepared(s, g[i], p[i]), after, has);
-      if (is_updated(s, g[i])) {
-        p[i] = fmaf(-rate, direction, p[i] * s.decay);
+      float moved = fmaf(-rate, direction, p[i] * s.decay);
+      settle(moved);
+      const bool updated = is_updated(s, g[i]);
+      if (updated) p[i] = moved;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) states[k][i] = after[k];
+      for (int k = 0; k < kCount; ++k) {
+        settle(after[k]);
+        if (updated) states[k][i] = after[k];
       }
     }
   }

@@ -5,7 +5,7 @@
 #include "floats.cuh"
 #include "nearest_code.cuh"
 
-constexpr int kQuantizeThreads = 512;
+constexpr int kQuantizeThreads = 256;
 constexpr int kPerThread = 16;
 constexpr int kTile = kQuantizeThreads * kPerThread;  // elements
 

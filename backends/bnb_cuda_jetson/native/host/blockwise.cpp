@@ -6,21 +6,21 @@
 namespace bnb {
 namespace {
 
-constexpr int kQuantizeTile = 8192;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
+constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
 constexpr int kDequantizeTile = 256 * 8 * 2;  // and that one dequantizes, in blockwise.cu
 
 constexpr int kLargestBlock = 4096;        // of the kernels for powers of two, from 32 on; the same size in 4-bit ops
 
 Kernel quantize_kernels[kDtypes] = {
-    {"blockwise", "quantize_blockwise_float32", 512},
-    {"blockwise", "quantize_blockwise_float16", 512},
-    {"blockwise", "quantize_blockwise_bfloat16", 512},
+    {"blockwise", "quantize_blockwise_float32", 256},
+    {"blockwise", "quantize_blockwise_float16", 256},
+    {"blockwise", "quantize_blockwise_bfloat16", 256},
 };
 
 Kernel quantize_any_kernels[kDtypes] = {
-    {"blockwise", "quantize_any_float32", 512},
-    {"blockwise", "quantize_any_float16", 512},
-    {"blockwise", "quantize_any_bfloat16", 512},
+    {"blockwise", "quantize_any_float32", 256},
+    {"blockwise", "quantize_any_float16", 256},
+    {"blockwise", "quantize_any_bfloat16", 256},
 };
 
 Kernel dequantize_kernels[kDtypes] = {

@@ -6,13 +6,13 @@
 namespace bnb {
 namespace {
 
-constexpr int kQuantizeTile = 8192;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
+constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
 constexpr int kDequantizeTile = 256 * 8 * 4;  // and that one dequantizes, in four_bit.cu
 
 Kernel quantize_kernels[kDtypes] = {
-    {"four_bit", "quantize_4bit_float32", 512},
-    {"four_bit", "quantize_4bit_float16", 512},
-    {"four_bit", "quantize_4bit_bfloat16", 512},
+    {"four_bit", "quantize_4bit_float32", 256},
+    {"four_bit", "quantize_4bit_float16", 256},
+    {"four_bit", "quantize_4bit_bfloat16", 256},
 };
 
 Kernel dequantize_kernels[kDtypes] = {

@@ -49,6 +49,7 @@ class Values4bit:
         self, packed: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, blocksize: int, nested: Optional[Nested]
     ) -> None:
         self.device = packed.device
+        self.codebook = codebook
         self._packed = packed.view(-1)
         self._absmax = absmax.view(-1)
         self._blocksize = blocksize
@@ -66,6 +67,10 @@ class Values4bit:
         values[:whole].view(-1, blocksize).mul_(scales[: whole // blocksize, None])
         values[whole:].mul_(scales[-1:])  # the end of the last block, where that is shorter
         return values[elements.start - offset : elements.stop - offset]
+
+    def scales(self) -> torch.Tensor:
+        """Return the float32 scale of every block."""
+        return block_scales(self._absmax, self._nested, torch.arange(self._absmax.numel(), device=self.device))
 
 
 def pair_table(codebook: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Kernels that multiply by 4-bit weights: panels of the weight are dequantized to float32, and multiplied in float32.
 
-A panel takes at most 16 MB, or one row of the weight where that is larger.
+A panel takes at most 16 MB, or one row of the weight where that is larger. Many rows of bfloat16 are multiplied by the processor's
+bfloat16 instructions, five times as fast, where it has them and the values allow it: they take subnormal numbers for zero.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from bnb_core.ops.spec import Nested
 from bnb_reference import devices, kernel
 from bnb_reference.blocks import row_pieces
 from bnb_reference.dequantize import Values4bit, block_scales
+
+#: From how many rows on rounding the weight to bfloat16 is worth its loss of digits.
+BFLOAT16_ROWS = 32
+#: Magnitudes of which neither a product nor a sum of products leaves the range of normal numbers.
+SMALLEST, LARGEST = 2.0**-60, 2.0**60
 
 
 @kernel("gemm_4bit")
@@ -30,8 +36,8 @@ def gemm_4bit(
     out: torch.Tensor,
 ) -> None:
     """Fill `out` with x W^T + bias."""
-    x, out = x.view(-1, K).float(), out.view(-1, N)
     weight = Values4bit(packed, absmax, codebook, blocksize, nested)
+    x, out = _operand(x.view(-1, K), weight), out.view(-1, N)
     for rows in row_pieces(N, K, x.device):
         product = matmul(x, weight[rows.start * K : rows.stop * K].view(-1, K).t())
         # The bias comes last: a sum that started with a large one would lose digits at every step.
@@ -52,11 +58,11 @@ def gemm_4bit_transposed(
     out: torch.Tensor,
 ) -> None:
     """Fill `out` with g W."""
-    g = g.view(-1, N).float()
     weight = Values4bit(packed, absmax, codebook, blocksize, nested)
+    g = _operand(g.view(-1, N), weight)
     total = torch.zeros(len(g), K, dtype=torch.float32, device=g.device)
     for rows in row_pieces(N, K, g.device):
-        total.addmm_(g[:, rows], weight[rows.start * K : rows.stop * K].view(-1, K))
+        total += matmul(g[:, rows], weight[rows.start * K : rows.stop * K].view(-1, K))
     out.copy_(total.view(out.shape))
 
 
@@ -107,8 +113,28 @@ def grouped_gemm_4bit_transposed(
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Multiply float32 matrices in float32, even under autocast, which leaves calls with `out` alone."""
-    return torch.mm(a, b, out=torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device))
+    """Multiply in the dtype of `a`, even under autocast, which leaves calls with `out` alone; return float32."""
+    return torch.mm(a, b.to(a.dtype), out=torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)).float()
+
+
+def _operand(x: torch.Tensor, weight: Values4bit) -> torch.Tensor:
+    """Return x in the dtype to multiply in: float32, or bfloat16 where that is faster and within the error bound of products."""
+    if (
+        x.dtype == torch.bfloat16
+        and len(x) >= BFLOAT16_ROWS
+        and devices.multiplies_bfloat16(x.device)
+        and _moderate(x)
+        and _moderate(weight.scales())
+        and _moderate(weight.codebook)
+    ):
+        return x
+    return x.float()
+
+
+def _moderate(values: torch.Tensor) -> bool:
+    """Say whether all values are zero or neither tiny, huge, nor NaN."""
+    magnitudes = values.abs()
+    return bool(((magnitudes == 0) | ((magnitudes >= SMALLEST) & (magnitudes <= LARGEST))).all())
 
 
 def _expert_scales(absmax: torch.Tensor, nested: Optional[Nested], expert: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 from bnb_core.errors import NotProvidedError
 
 HIP_ENVIRONMENT = bool(torch.version.hip)
-BNB_BACKEND = "ROCm" if HIP_ENVIRONMENT else "CUDA"
+BNB_BACKEND = "CPU" if not torch.cuda.is_available() else "ROCm" if HIP_ENVIRONMENT else "CUDA"
+ROCM_GPU_ARCH = "unknown"  # no kernel here is chosen by it
 
 
 def not_provided(name: str, instead: str) -> Callable[..., Any]:
