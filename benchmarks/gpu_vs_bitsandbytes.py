@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_vs_bitsandbytes.py [--rows 1 8 64] [--output results/NAME.json]
 
-Every figure is the median over replays of a CUDA graph whose weights take turns, so that none is in a cache. What cannot be captured is
-timed by events, and says so.
+Every figure is the median over replays of a CUDA graph whose weights take turns, so that none is in a cache. What cannot be
+captured is timed by events, and says so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
+import bitsandbytes
 import gpu_timing
 import torch
 
@@ -53,9 +54,6 @@ class Weight4bit:
 
 def four_bit(shapes: Sequence[Tuple[int, int]], rows: Sequence[int], copy_bandwidth: float) -> List[Dict[str, Any]]:
     """Time `gemm_4bit` of bfloat16 rows, plain and nested."""
-    import bitsandbytes  # noqa: F401: registers its operators
-
-    peer = torch.ops.bitsandbytes.gemm_4bit
     nf4 = get_codebook("nf4", "cuda")
     results = []
     for N, K in shapes:
@@ -63,13 +61,7 @@ def four_bit(shapes: Sequence[Tuple[int, int]], rows: Sequence[int], copy_bandwi
         weights = [Weight4bit(N, K, nf4) for _ in range(gpu_timing.copies_for(weight_bytes))]
         dense = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(gpu_timing.copies_for(N * K * 2))]
         for M in rows:
-            x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-            timed = {
-                "microseconds": _timed(lambda w, x=x: ops.gemm_4bit(x, w.packed, w.absmax, nf4, BLOCKSIZE, N, K), weights),
-                "nested": _timed(lambda w, x=x: ops.gemm_4bit(x, w.packed, w.codes, nf4, BLOCKSIZE, N, K, None, w.nested), weights),
-                "bitsandbytes": _timed(lambda w, x=x: peer(x, w.packed.view(-1, 1), (N, K), w.absmax, BLOCKSIZE, "nf4"), weights),
-                "bfloat16": _timed(lambda w, x=x: torch.nn.functional.linear(x, w), dense),
-            }
+            timed = _four_bit_times(torch.randn(M, K, device="cuda", dtype=torch.bfloat16), N, K, nf4, weights, dense)
             moved = weight_bytes + 2 * M * (N + K)
             share = moved / (timed["microseconds"] * 1e-6) / copy_bandwidth
             results.append({"N": N, "K": K, "M": M, "bytes": moved, "share_of_copy_bandwidth": share, **timed})
@@ -82,36 +74,48 @@ def four_bit(shapes: Sequence[Tuple[int, int]], rows: Sequence[int], copy_bandwi
     return results
 
 
+def _four_bit_times(
+    x: torch.Tensor, N: int, K: int, nf4: torch.Tensor, weights: Sequence[Weight4bit], dense: Sequence[torch.Tensor]
+) -> Dict[str, float]:
+    peer = torch.ops.bitsandbytes.gemm_4bit
+    return {
+        "microseconds": _timed(lambda w: ops.gemm_4bit(x, w.packed, w.absmax, nf4, BLOCKSIZE, N, K), weights),
+        "nested": _timed(lambda w: ops.gemm_4bit(x, w.packed, w.codes, nf4, BLOCKSIZE, N, K, None, w.nested), weights),
+        "bitsandbytes": _timed(lambda w: peer(x, w.packed.view(-1, 1), (N, K), w.absmax, BLOCKSIZE, "nf4"), weights),
+        "bfloat16": _timed(lambda w: torch.nn.functional.linear(x, w), dense),
+    }
+
+
 def int8(copy_bandwidth: float) -> List[Dict[str, Any]]:
     """Time LLM.int8() of float16 rows, without and with outlier columns."""
-    import bitsandbytes
-
     results = []
     for N, K in INT8_SHAPES:
-        count = gpu_timing.copies_for(N * K)
-        codes = [torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8) for _ in range(count)]
+        codes = [torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8) for _ in range(gpu_timing.copies_for(N * K))]
         absmax = torch.rand(N, device="cuda") + 0.1
         for M in INT8_ROWS:
             x = torch.randn(M, K, device="cuda", dtype=torch.float16)
             x[:, ::512] = 20.0
-            timed = {}
+            timed: Dict[str, float] = {}
             for threshold in (0.0, 6.0):
-                timed[f"threshold {threshold:g}"] = _timed(
-                    lambda w, x=x, threshold=threshold: ops.int8_linear(x, w, absmax, None, threshold), codes
-                )
-            state = bitsandbytes.MatmulLtState()
-            state.CB, state.SCB, state.has_fp16_weights = codes[0], absmax, False
+                timed[f"threshold {threshold:g}"] = _int8_time(x, codes, absmax, threshold)
             for threshold in (0.0, 6.0):
-                state.threshold = threshold
-                with torch.no_grad():  # with a threshold it synchronizes, and cannot be captured
-                    timed[f"bitsandbytes {threshold:g}, by events"] = gpu_timing.event_microseconds(
-                        lambda x=x: bitsandbytes.matmul(x, codes[0], state=state), 20
-                    )
+                timed[f"bitsandbytes {threshold:g}, by events"] = _int8_peer_time(x, codes[0], absmax, threshold)
             share = N * K / (timed["threshold 0"] * 1e-6) / copy_bandwidth
             results.append({"N": N, "K": K, "M": M, "share_of_copy_bandwidth": share, **timed})
             figures = "  ".join(f"{name} {microseconds:.2f} us" for name, microseconds in timed.items())
             print(f"int8 {N:6}x{K:<5} M={M:<4} {figures}  {share:4.0%} of copy", flush=True)
     return results
+
+
+def _int8_time(x: torch.Tensor, codes: Sequence[torch.Tensor], absmax: torch.Tensor, threshold: float) -> float:
+    return _timed(lambda w: ops.int8_linear(x, w, absmax, None, threshold), codes)
+
+
+def _int8_peer_time(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> float:
+    state = bitsandbytes.MatmulLtState()
+    state.CB, state.SCB, state.has_fp16_weights, state.threshold = codes, absmax, False, threshold
+    with torch.no_grad():  # with a threshold it synchronizes, and cannot be captured
+        return gpu_timing.event_microseconds(lambda: bitsandbytes.matmul(x, codes, state=state), 20)
 
 
 def _timed(call: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
@@ -126,15 +130,14 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="N K N K ... instead of all")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    warm_up = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    gpu_timing.event_microseconds(lambda: warm_up @ warm_up, 300)  # clocks rise with work
-    del warm_up
+    large = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    gpu_timing.event_microseconds(lambda: torch.mm(large, large), 300)  # clocks rise with work
     shapes = list(zip(arguments.shapes[::2], arguments.shapes[1::2])) if arguments.shapes else SHAPES
     copy_bandwidth = gpu_timing.copy_bandwidth()
     results = {
         "machine": gpu_timing.machine(),
         "copy_bandwidth": copy_bandwidth,
-        "bitsandbytes": __import__("bitsandbytes").__version__,
+        "bitsandbytes": bitsandbytes.__version__,
         "gemm_4bit": four_bit(shapes, arguments.rows, copy_bandwidth),
         "int8_linear": int8(copy_bandwidth),
     }

@@ -19,8 +19,8 @@ PANEL_BYTES = 32 << 20
 #: Rows of x below which panels are never faster, so that nothing is worked out.
 FEWEST_ROWS = 64
 
-#: Floating-point operations that a multiprocessor does in a clock in torch's product, about two thirds of the tensor cores' best, by
-#: compute capability; the next lower one counts.
+#: Floating-point operations that a multiprocessor does in a clock in torch's product, about two thirds of the tensor cores' best,
+#: by compute capability; the next lower one counts.
 _LIBRARY_RATES = {80: 1400.0, 90: 2700.0}
 #: The same of the kernels that multiply by the codes: shared memory bounds them, which is as wide everywhere. Measured on sm_90.
 _FUSED_RATE = 520.0
