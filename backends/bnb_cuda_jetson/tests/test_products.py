@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
 from bnb_cuda_jetson import _native, panels
 
 ARCHITECTURES = _native.architectures()

@@ -11,7 +11,6 @@ from bnb_core.ops.spec import Nested
 from bnb_cuda_jetson import _native, panels
 from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
 
-
 #: Rows of x from which a product may need scratch memory; for fewer, asking would cost more than the answer.
 _SCRATCH_FROM = 17
 
