@@ -23,7 +23,6 @@ PARAMETERS = 64 << 20
 
 def quantization() -> List[Dict[str, Any]]:
     """Time quantize and dequantize, 4-bit and 8-bit, bfloat16."""
-    import bitsandbytes  # noqa: F401: registers its operators
 
     peer = torch.ops.bitsandbytes
     x = torch.randn(ELEMENTS, device="cuda", dtype=torch.bfloat16)
