@@ -151,22 +151,24 @@ void multiply(const T *x, int64_t M, const Int8Weight &weight, const T *bias, do
         parallel_for(threads, N, int8::grain_of_rows(rows, K), [&](int64_t from, int64_t to) {
             const auto use = [&](int64_t begin, int64_t end, int64_t n, int64_t count, const int32_t(*sums)[tile_size]) {
                 const std::array<Columns, 2> columns = columns_of_tile(weight.absmax + n, bias ? bias + n : nullptr, count);
-                const auto finish = [&](int64_t m, const float *outlier_sums, T *out) {
-                    for (std::size_t half = 0; half < 2; ++half) {
-                        const float *added = outlier_sums ? outlier_sums + 4 * half : nullptr;
-                        store4(out + 4 * half, columns[half].finish(sums[m - begin] + 4 * half, scratch.row_scales[m], added));
-                    }
-                };
+                const Columns left_half = columns[0], right_half = columns[1];
+                const float *row_scale = scratch.row_scales + begin;
+                T *out = y_rows + begin * N + n;
                 if (!outliers.any() && count == tile_size) {
-                    for (int64_t m = begin; m < end; ++m) finish(m, nullptr, y_rows + m * N + n);
+                    for (int64_t m = 0; m < end - begin; ++m, out += N) {
+                        store4(out, left_half.finish(sums[m], row_scale[m], nullptr));
+                        store4(out + 4, right_half.finish(sums[m] + 4, row_scale[m], nullptr));
+                    }
                     return;
                 }
                 float outlier_sums[most_rows][tile_size];
                 if (outliers.any()) outliers.multiply(begin, end, weight.codes + n * K, K, count, outlier_sums);
-                for (int64_t m = begin; m < end; ++m) {
+                for (int64_t m = 0; m < end - begin; ++m, out += N) {
                     T row[tile_size];
-                    finish(m, outliers.any() ? outlier_sums[m - begin] : nullptr, row);
-                    std::copy(row, row + count, y_rows + m * N + n);
+                    const float *added = outliers.any() ? outlier_sums[m] : nullptr;
+                    store4(row, left_half.finish(sums[m], row_scale[m], added));
+                    store4(row + 4, right_half.finish(sums[m] + 4, row_scale[m], added ? added + 4 : nullptr));
+                    std::copy(row, row + count, out);
                 }
             };
             int8::for_products(left, rows, weight.codes, K, from, to, use);

@@ -24,14 +24,14 @@ constexpr int64_t group_size = 1 << 14;
 template <class T>
 void read(const T *from, int64_t n, float *to) {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(to + i, load4(from + i));
+    for (; i + 16 <= n; i += 16) unroll<4>([&](auto v) BNB_INLINE { vst1q_f32(to + i + 4 * v, load4(from + i + 4 * v)); });
     for (; i < n; ++i) to[i] = load1(from + i);
 }
 
 template <class T>
 void write(const float *from, int64_t n, T *to) {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) store4(to + i, vld1q_f32(from + i));
+    for (; i + 16 <= n; i += 16) unroll<4>([&](auto v) BNB_INLINE { store4(to + i + 4 * v, vld1q_f32(from + i + 4 * v)); });
     for (; i < n; ++i) store1(to + i, from[i]);
 }
 
