@@ -57,10 +57,15 @@ def test_what_cannot_be_read_sixteen_bytes_at_a_time(run_with_driver, layout):
 
 @with_tensor_cores
 def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
-    """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has four stages of 128 columns."""
+    """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has two stages of 128 columns."""
     assert gemm(run_with_driver, M=64, K=4096) == [("gemm_4bit_many64_bfloat16", "2x1x4"), ("gemm_4bit_add_bfloat16", "16x1x1")]
-    assert gemm(run_with_driver, M=32, K=1024)[0] == ("gemm_4bit_many32_bfloat16", "2x1x2")
-    assert gemm(run_with_driver, M=65, K=512) == [("gemm_4bit_many64_bfloat16", "2x2x1")]
+    assert gemm(run_with_driver, M=32, N=4096, K=256) == [("gemm_4bit_many32_bfloat16", "32x1x1")]
+    assert gemm(run_with_driver, M=65, N=512, K=512) == [("gemm_4bit_many64_bfloat16", "4x2x1")]
+
+
+@with_tensor_cores
+def test_small_products_of_many_rows_take_the_kernels_for_few(run_with_driver):
+    assert gemm(run_with_driver, M=32, N=256, K=512)[0][0] == "gemm_4bit_few_rows16_bfloat16"
 
 
 @with_tensor_cores
@@ -123,7 +128,8 @@ def device(request, monkeypatch):
 
 @pytest.mark.parametrize("device", [H200], indirect=True)
 @pytest.mark.parametrize(
-    ("N", "K", "fused_up_to", "panels_from"), [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (1024, 4096, 64, 256)]
+    ("N", "K", "fused_up_to", "panels_from"),
+    [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (2048, 8192, 64, 128), (8192, 2048, 64, 256)],
 )
 def test_panels_are_chosen_where_they_were_measured_to_be_faster(device, N, K, fused_up_to, panels_from):
     assert panels.panel_size(0, fused_up_to, N, K, 64, False) == 0
