@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -81,5 +82,6 @@ def machine() -> Dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "bitsandbytes": metadata.version("bitsandbytes"),
         "commit": head.stdout.strip(),
     }
