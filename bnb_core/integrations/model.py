@@ -13,11 +13,18 @@ from bnb_core.integrations.report import QuantizationReport, QuantizedLayer
 from bnb_core.integrations.weight_format import WeightFormat
 from bnb_core.nn import Linear4bit, Linear8bitLt
 from bnb_core.nn.parameters import plain_data
+from bnb_core.ops import int8_dequantize_rows
+from bnb_core.ops.checks import FLOAT_DTYPES
 from bnb_core.quantization.four_bit import dequantize_4bit
-from bnb_core.quantization.int8 import int8_vectorwise_dequant
 
 #: Modules that compute with the weights of the layers in them, without calling these.
 _READ_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+#: Where modules keep hooks on their calls; some are newer than others.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
 #: Output layers, by the name that language models have for them. Nothing after them absorbs their errors.
 OUTPUT_LAYERS = ("lm_head",)
 
@@ -35,8 +42,9 @@ def quantize_model(
     """Quantize the linear layers of a model in place, one after the other, so that the model only ever shrinks.
 
     Left alone are: layers that `skip` names; the layer that the model's `get_output_embeddings` returns; weights shared with other
-    modules; subclasses of `nn.Linear`, whose forward may be another; and layers whose weight another module reads itself, such as
-    those in `nn.MultiheadAttention`. GPT-2's `Conv1D`, a linear layer with a transposed weight, is quantized too.
+    modules, or computed from others; subclasses of `nn.Linear`, whose forward may be another; and layers whose weight another
+    module reads itself, such as those in `nn.MultiheadAttention`. Hooks stay. GPT-2's `Conv1D`, a linear layer with a transposed
+    weight, is quantized too.
 
     Args:
         model: with its weights, on any device. A model that is itself a linear layer cannot be replaced in place.
@@ -55,10 +63,7 @@ def quantize_model(
         InvalidArgumentError: a format or argument that is not accepted, weights on the meta device, or nothing to quantize.
     """
     form = WeightFormat.parse(to, double_quant, compute_dtype, threshold)
-    places, skipped = _find_layers(model, skip)
-    if not places:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
-        raise InvalidArgumentError(f"quantize_model: {type(model).__name__} has no linear layer to quantize{reasons}")
+    places, skipped = layers_to_quantize(model, skip)
     report = QuantizationReport(to, skipped=skipped, bytes_before=_saved_bytes(model))
     for names in places:
         old: Any = model.get_submodule(names[0])
@@ -79,7 +84,8 @@ def dequantize_model(model: nn.Module, dtype: Optional[torch.dtype] = None) -> L
 
     Args:
         model: any model with `Linear4bit` or `Linear8bitLt` layers, on any device.
-        dtype: of the new weights and biases; by default, what a 4-bit weight was quantized from, and float32 for int8.
+        dtype: of the new weights and biases; by default, what a 4-bit weight was quantized from. int8 weights do not know that:
+            they become what their bias is, or the model's first floating-point parameter.
 
     Returns:
         The names of the layers that were replaced.
@@ -88,13 +94,14 @@ def dequantize_model(model: nn.Module, dtype: Optional[torch.dtype] = None) -> L
         NotQuantizedError: a layer's weight has not been quantized yet.
     """
     replaced = []
+    common = next((parameter.dtype for parameter in model.parameters() if parameter.dtype in FLOAT_DTYPES), torch.float32)
     for names in names_of(model, lambda module: isinstance(module, (Linear4bit, Linear8bitLt))):
         old = model.get_submodule(names[0])
-        weight = _dequantized(names[0], old)
-        new = _with_bias(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), old)
+        weight = _dequantized(names[0], old, common)
+        new: Any = _in_place_of(old, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
         new.weight = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
-        if dtype is not None and new.bias is not None:
-            new.bias.data = new.bias.data.to(dtype)
+        if new.bias is not None:
+            new.bias.data = new.bias.data.to(new.weight.dtype)
         for name in names:
             replace_module(model, name, new)
         replaced.append(names[0])
@@ -126,7 +133,15 @@ def names_of(model: nn.Module, wanted: Any) -> List[List[str]]:
     return list(names.values())
 
 
-def _find_layers(model: nn.Module, skip: Sequence[str]) -> Tuple[List[List[str]], Dict[str, str]]:
+def layers_to_quantize(model: nn.Module, skip: Sequence[str] = OUTPUT_LAYERS) -> Tuple[List[List[str]], Dict[str, str]]:
+    """Choose what `quantize_model` replaces.
+
+    Returns:
+        The names of each layer, which may be in several places, and by name of each that is left alone, why.
+
+    Raises:
+        InvalidArgumentError: there is none, one is on the meta device, or `skip` is a string.
+    """
     if isinstance(skip, str):
         raise InvalidArgumentError(f"quantize_model: skip is the string {skip!r}; pass a sequence of names, such as ({skip!r},)")
     get_output = getattr(model, "get_output_embeddings", None)
@@ -139,17 +154,22 @@ def _find_layers(model: nn.Module, skip: Sequence[str]) -> Tuple[List[List[str]]
     for names in names_of(model, lambda module: isinstance(module, nn.Linear) or is_transposed_linear(module)):
         module = model.get_submodule(names[0])
         reason = _why_not(model, names, module, skip)
-        others = [name for name in owners[id(module.weight)] if name not in names]
         if reason is None and module is output:
             reason = "it is the output layer"
-        if reason is None and others:
-            reason = f"its weight is shared with {others[0]}"
         if reason is None:
-            if module.weight.is_meta:
-                raise InvalidArgumentError(f"quantize_model: {names[0]} is on the meta device; load the model's weights first")
-            places.append(names)
-        else:
+            others = [name for name in owners[id(module.weight)] if name not in names]
+            reason = f"its weight is shared with {others[0]}" if others else None
+        if reason is not None:
             skipped[names[0]] = reason
+        elif module.weight.is_meta:
+            raise InvalidArgumentError(f"quantize_model: {names[0]} is on the meta device; load the model's weights first")
+        else:
+            places.append(names)
+    if not places:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+        if isinstance(model, nn.Linear):
+            reasons = " in it, but is one itself, which cannot be replaced in place; put it into an nn.Sequential"
+        raise InvalidArgumentError(f"quantize_model: {type(model).__name__} has no linear layer to quantize{reasons}")
     return places, skipped
 
 
@@ -165,7 +185,9 @@ def _why_not(model: nn.Module, names: List[str], module: nn.Module, skip: Sequen
         return "it is quantized already"
     if type(module) is not nn.Linear and not is_transposed_linear(module):
         return f"it is a {type(module).__name__}, not an nn.Linear itself"
-    if module.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if "weight" not in module._parameters:  # but the result of pruning, for instance
+        return "its weight is no parameter of its own"
+    if module.weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {module.weight.dtype}"
     return None
 
@@ -174,21 +196,25 @@ def _quantized(old: Any, form: WeightFormat, device: Union[torch.device, str, No
     weight = old.weight.data
     if is_transposed_linear(old):
         weight = weight.T.contiguous()
-    new = _with_bias(form.quantized_layer(weight, device or weight.device), old)
+    new = _in_place_of(old, form.quantized_layer(weight, device or weight.device))
     return new if device is None else new.to(device)
 
 
-def _with_bias(new: nn.Module, old: Any) -> nn.Module:
+def _in_place_of(old: Any, new: nn.Module) -> nn.Module:
+    """Give a module what else is known of the one whose place it takes."""
     new.bias = old.bias
+    for name in _HOOKS:
+        if name in vars(old):
+            setattr(new, name, vars(old)[name])
     return new.train(old.training)
 
 
-def _dequantized(name: str, layer: Any) -> torch.Tensor:
+def _dequantized(name: str, layer: Any, common: torch.dtype) -> torch.Tensor:
     statistics = layer._statistics(layer.weight)
     if statistics is None:
         raise NotQuantizedError(f"dequantize_model: the weight of {name} is not quantized; move the model to a device first")
     if isinstance(layer, Linear8bitLt):
-        return int8_vectorwise_dequant(plain_data(layer.weight), statistics)
+        return int8_dequantize_rows(plain_data(layer.weight), statistics, common if layer.bias is None else layer.bias.dtype)
     return dequantize_4bit(plain_data(layer.weight), statistics)
 
 

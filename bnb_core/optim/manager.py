@@ -47,7 +47,22 @@ class GlobalOptimManager:
         return self._changes
 
     def register_parameters(self, params: Iterable[Any]) -> None:
-        """Do nothing: overrides find their parameters by identity. bitsandbytes has callers say which parameters they may name."""
+        """Check that these are what an optimizer takes. bitsandbytes has callers say which parameters overrides may name.
+
+        Here overrides find their parameters by identity, whether these are registered or not.
+
+        Args:
+            params: parameters, or parameter groups.
+
+        Raises:
+            InvalidArgumentError: something else is among them.
+        """
+        for entry in params:
+            for param in entry.get("params", [None]) if isinstance(entry, dict) else [entry]:
+                if not isinstance(param, torch.Tensor):
+                    raise InvalidArgumentError(
+                        f"register_parameters: {type(param).__name__} is no parameter; pass tensors, or groups that have 'params'"
+                    )
 
     def override_config(
         self,

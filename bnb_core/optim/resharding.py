@@ -43,28 +43,31 @@ def _adapt_slot(state: State, slot: Slot, param: torch.Tensor) -> None:
     if not isinstance(absmax, torch.Tensor) or not isinstance(codebook, torch.Tensor):
         return
     blocks, saved = blocks_of(param), tuple(absmax.shape[halves:])
-    if blocks is not None and saved == blocks.shape:
-        if not (is_sharded_like(param, codes, halves) and is_sharded_like(param, absmax, halves)):
-            state[slot.key], state[f"absmax{slot.number}"] = (_sharded(param, _whole(tensor), halves) for tensor in (codes, absmax))
+    same = blocks is not None and blocks.shape == saved
+    if same and all(is_sharded_like(param, tensor, halves) for tensor in (codes, absmax)):
         return
-    size = _blocksize(tuple(param.shape), saved)
+    size = blocks.size if same and blocks else _blocksize(tuple(param.shape), saved)
     if size is None:
         return
     codes, absmax = _whole(codes).contiguous(), _whole(absmax).contiguous()
-    if blocks is None or size != blocks.size:
-        count = 2 if halves else 1
-        values = [
-            dequantize_blockwise(codes_of_one, absmax_of_one, codebook, size, torch.float32)
-            for codes_of_one, absmax_of_one in zip(codes.view(count, -1), absmax.view(count, -1))
-        ]
-        if blocks is None:
-            state[slot.key] = _sharded(param, torch.stack(values).view(codes.shape), halves)
-            del state[f"absmax{slot.number}"], state[f"qmap{slot.number}"]
-            return
-        quantized = [quantize_blockwise(values_of_one, codebook, blocks.size) for values_of_one in values]
-        codes, absmax = (torch.stack(tensors).view(codes.shape if i == 0 else -1) for i, tensors in enumerate(zip(*quantized)))
-    state[slot.key] = _sharded(param, codes, halves)
-    state[f"absmax{slot.number}"] = _sharded(param, absmax.view(*codes.shape[:halves], *blocks.shape), halves)
+    if blocks is None:
+        state[slot.key] = _sharded(param, _dequantized(codes, absmax, codebook, size, halves), halves)
+        del state[f"absmax{slot.number}"], state[f"qmap{slot.number}"]
+        return
+    if size != blocks.size:
+        values = _dequantized(codes, absmax, codebook, size, halves)
+        quantized = [quantize_blockwise(part, codebook, blocks.size) for part in (values if halves else [values])]
+        codes, absmax = (torch.stack(tensors) for tensors in zip(*quantized))
+    count = (2,) if halves else ()
+    state[slot.key] = _sharded(param, codes.view(*count, *param.shape), halves)
+    state[f"absmax{slot.number}"] = _sharded(param, absmax.view(*count, *blocks.shape), halves)
+
+
+def _dequantized(codes: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, size: int, halves: bool) -> torch.Tensor:
+    """Return what the codes of one state, or of two, stand for."""
+    parts = zip(codes, absmax) if halves else [(codes, absmax)]
+    values = [dequantize_blockwise(part.view(-1), scales.view(-1), codebook, size, torch.float32) for part, scales in parts]
+    return torch.cat(values).view(codes.shape)
 
 
 def _blocksize(shape: Tuple[int, ...], saved: Tuple[int, ...]) -> Optional[int]:

@@ -12,13 +12,16 @@ from bnb_core.quantization.codebooks import shared_codebook
 from bnb_core.quantization.outputs import deliver
 from bnb_core.quantization.state import QuantState
 
+#: Elements that share a scale where nothing else is asked for.
+DEFAULT_BLOCKSIZE = 4096
+
 
 def quantize_blockwise(
     A: torch.Tensor,
     code: Optional[torch.Tensor] = None,
     absmax: Optional[torch.Tensor] = None,
     out: Optional[torch.Tensor] = None,
-    blocksize: int = 4096,
+    blocksize: int = DEFAULT_BLOCKSIZE,
     nested: bool = False,
 ) -> Tuple[torch.Tensor, QuantState]:
     """Quantize to 8-bit codes, a block of elements at a time (arXiv 2110.02861).
@@ -52,7 +55,7 @@ def dequantize_blockwise(
     absmax: Optional[torch.Tensor] = None,
     code: Optional[torch.Tensor] = None,
     out: Optional[torch.Tensor] = None,
-    blocksize: int = 4096,
+    blocksize: int = DEFAULT_BLOCKSIZE,
     nested: bool = False,
 ) -> torch.Tensor:
     """Dequantize 8-bit codes.
@@ -63,14 +66,15 @@ def dequantize_blockwise(
         absmax: float32 [blocks]. Only without `quant_state`.
         code: the codebook, float32 [256]; by default the signed dynamic map. Only without `quant_state`.
         out: tensor to fill instead of a new one. Without `quant_state`, its dtype is that of the result.
-        blocksize: the one that the codes were made with; read from `quant_state` where that is given.
+        blocksize: the one that the codes were made with; with `quant_state`, it may only repeat the state's.
         nested: True asserts that `quant_state` has nested scales, which are recognized in any case.
 
     Returns:
         A's shape, in the state's dtype; without a state in that of `out`, or float32.
 
     Raises:
-        InvalidArgumentError: neither or both of `quant_state` and `absmax`, or a dtype, shape or device that is not accepted.
+        InvalidArgumentError: neither or both of `quant_state` and `absmax`, a blocksize that is not the state's, or a dtype, shape
+            or device that is not accepted.
     """
     function = "dequantize_blockwise"
     if quant_state is None:
@@ -81,6 +85,10 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=codebook, blocksize=blocksize, dtype=dtype)
     elif absmax is not None or code is not None:
         raise InvalidArgumentError(f"{function}: quant_state has the absmax and the code already; pass it, or them")
+    elif blocksize not in (DEFAULT_BLOCKSIZE, quant_state.blocksize):
+        raise InvalidArgumentError(
+            f"{function}: blocksize is {blocksize}, that of quant_state is {quant_state.blocksize}; leave it out"
+        )
     if nested and not quant_state.nested:
         raise InvalidArgumentError(f"{function}: nested is True, but the scales are not quantized; leave it out")
     return ops.dequantize_blockwise(

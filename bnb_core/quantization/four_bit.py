@@ -17,6 +17,7 @@ from bnb_core.quantization.state import QuantState
 
 #: Elements that share a scale, and scales that share one of their own, where nothing else is asked for.
 DEFAULT_BLOCKSIZE = 64
+DEFAULT_QUANT_TYPE = "fp4"
 NESTED_BLOCKSIZE = 256
 
 
@@ -26,7 +27,7 @@ def quantize_4bit(
     out: Optional[torch.Tensor] = None,
     blocksize: Optional[int] = None,
     compress_statistics: bool = False,
-    quant_type: str = "fp4",
+    quant_type: str = DEFAULT_QUANT_TYPE,
     quant_storage: torch.dtype = torch.uint8,
 ) -> Tuple[torch.Tensor, QuantState]:
     """Quantize to packed 4-bit codes, a block of elements at a time.
@@ -64,7 +65,7 @@ def dequantize_4bit(
     absmax: Optional[torch.Tensor] = None,
     out: Optional[torch.Tensor] = None,
     blocksize: Optional[int] = None,
-    quant_type: str = "fp4",
+    quant_type: str = DEFAULT_QUANT_TYPE,
 ) -> torch.Tensor:
     """Dequantize packed 4-bit codes.
 
@@ -75,7 +76,7 @@ def dequantize_4bit(
         absmax: float32 [blocks]. Only without `quant_state`.
         out: tensor to fill instead of a new one. Without `quant_state`, its shape and dtype are those of the result.
         blocksize: the one that the codes were made with, by default 64; with `quant_state`, it may only repeat the state's.
-        quant_type: the codebook's name; read from `quant_state` where that is given.
+        quant_type: the codebook's name; with `quant_state`, it may only repeat the state's.
 
     Returns:
         The state's shape and dtype, or those of `out`; transposed if A is.
@@ -95,6 +96,10 @@ def dequantize_4bit(
     elif blocksize not in (None, quant_state.blocksize):
         raise InvalidArgumentError(
             f"{function}: blocksize is {blocksize}, that of quant_state is {quant_state.blocksize}; leave it out"
+        )
+    elif quant_type not in (DEFAULT_QUANT_TYPE, quant_state.quant_type):
+        raise InvalidArgumentError(
+            f"{function}: quant_type is {quant_type!r}, that of quant_state is {quant_state.quant_type!r}; leave it out"
         )
     result = ops.dequantize_4bit(
         as_bytes(A),

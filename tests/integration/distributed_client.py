@@ -220,18 +220,18 @@ def train(name, how, optimizer, split=False):
     return {"losses": losses, **snapshot(model, optimizer)}
 
 
-def save(name, optimizer, folder):
+def save(name, how, optimizer, folder):
     """Train for some steps, and write a sharded checkpoint."""
-    model = shard(build(name))
+    model = distribute(build(name), how)
     optimizer = optimizer_for(model, optimizer)
     steps(model, optimizer, range(3))
     before = snapshot(model, optimizer)
-    states = get_state_dict(model, optimizer)
+    states = get_state_dict(getattr(model, "module", model), optimizer)
     dcp.save(dict(zip(("model", "optimizer"), states)), checkpoint_id=folder)
     return {**before, "losses": steps(model, optimizer, range(3, 5))}
 
 
-def load(name, optimizer, folder):
+def load(name, how, optimizer, folder):
     """Read a sharded checkpoint into a model of which everything is zero, and train on."""
     model = build(name)
     with torch.no_grad():
@@ -242,12 +242,13 @@ def load(name, optimizer, folder):
                 module.weight.SCB.zero_()
         for param in model.parameters():
             param.data.zero_()
-    model = shard(model)
+    model = distribute(model, how)
     optimizer = optimizer_for(model, optimizer)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    inner = getattr(model, "module", model)
+    states = dict(zip(("model", "optimizer"), get_state_dict(inner, optimizer)))
     states = tree_map_only(torch.Tensor, torch.clone, states)  # so that nothing is read straight to where it belongs
     dcp.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    set_state_dict(inner, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return {**snapshot(model, optimizer), "losses": steps(model, optimizer, range(3, 5))}
 
 

@@ -186,14 +186,16 @@ def test_rows_of_whole_blocks_have_the_states_of_an_unsharded_parameter(ranks, a
         assert found["states"][key] == expected["states"][key]
 
 
-@pytest.mark.parametrize("model", ["float32", "uint8", "int8", "rows"])
-def test_sharded_checkpoints_are_read_by_any_number_of_ranks(ranks, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "how"), [(model, "fsdp") for model in ("float32", "uint8", "int8", "rows")] + [("float32", "ddp"), ("int8", "ddp")]
+)
+def test_sharded_checkpoints_are_read_by_any_number_of_ranks(ranks, tmp_path, model, how):
     for written_by in (1, 2):
         folder = str(tmp_path / f"by{written_by}")
-        saved, *_ = ranks[written_by].run("save", model, "AdamW8bit", folder)
+        saved, *_ = ranks[written_by].run("save", model, how, "AdamW8bit", folder)
         assert "uint8" in {dtype for dtype, _ in saved["kept"].values()}
         for read_by in (1, 2):
-            loaded, *_ = ranks[read_by].run("load", model, "AdamW8bit", folder)
+            loaded, *_ = ranks[read_by].run("load", model, how, "AdamW8bit", folder)
             assert loaded == saved
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import bnb_core as bnb
 from bnb_core.errors import CheckpointError, InvalidArgumentError, StorageError
@@ -156,3 +157,134 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left on device"):
         bnb.save_quantized(model, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_any_strides():
+    """Kernels see what the layer computed with, not how it lay in memory."""
+    x = torch.randn(3, 64)
+    for weight in (torch.randn(64, 32).T, torch.randn(32, 128)[:, ::2], torch.randn(1, 64).expand(32, 64)):
+        models = [nn.Sequential(nn.Linear(64, 32)) for _ in range(2)]
+        models[0][0].weight = nn.Parameter(weight)
+        models[1][0].weight = nn.Parameter(weight.contiguous())
+        models[1][0].bias = models[0][0].bias
+        for model in models:
+            report = bnb.quantize_model(model)
+            assert report.layers[0].bytes_before == 4 * 64 * 32
+        assert torch.equal(models[0](x), models[1](x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_a_dequantized_model_has_the_dtype_that_it_had(dtype, bias, to):
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32, bias=bias)).to(dtype)
+    weight = model[1].weight.detach().float()
+    bnb.quantize_model(model, to)
+    bnb.dequantize_model(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert (model[1].weight.float() - weight).norm() < 0.1 * weight.norm()
+
+
+def test_a_dtype_to_dequantize_to():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    bnb.quantize_model(model, skip=("1",))
+    bnb.dequantize_model(model, torch.float16)
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
+
+
+def test_buffers_stay_and_are_counted():
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).eval()
+    mean = model[1].running_mean
+    report = bnb.quantize_model(model)
+    assert model[1].running_mean is mean
+    sizes = [value.numel() * value.element_size() for value in model.state_dict().values()]
+    assert report.bytes_after == sum(sizes)
+
+
+def test_hooks_stay():
+    model = nn.Sequential(nn.Linear(64, 64))
+    seen = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, args: seen.append("before")),
+        model[0].register_forward_hook(lambda module, args, output: seen.append("after")),
+        model[0].register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("backward")),
+    ]
+    x = torch.randn(2, 64, requires_grad=True)
+    for change in (bnb.quantize_model, bnb.dequantize_model):
+        change(model)
+        model(x).sum().backward()
+        assert seen == ["before", "after", "backward"]
+        seen.clear()
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert seen == []
+
+
+def pruned():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def weight_normed():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    return model
+
+
+def one_weight_in_two_layers():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].weight = model[1].weight
+    return model
+
+
+def double_precision():
+    return nn.Sequential(nn.Linear(64, 64).double(), nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("make", "reasons"),
+    [
+        (pruned, {"0": "its weight is no parameter of its own"}),
+        (weight_normed, {"0": "it is a ParametrizedLinear, not an nn.Linear itself"}),
+        (one_weight_in_two_layers, {"0": "its weight is shared with 1", "1": "its weight is shared with 0"}),
+        (double_precision, {"0": "its weight is torch.float64"}),
+    ],
+)
+def test_what_is_left_alone(make, reasons):
+    model = make()
+    kept = {name: model.get_submodule(name) for name in reasons}
+    report = bnb.quantize_model(model)
+    assert report.skipped == reasons
+    assert all(model.get_submodule(name) is module for name, module in kept.items())
+    assert [layer.name for layer in report.layers] == [str(len(model) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (("layers.0",), ["layers.0.mlp.down", "layers.0.mlp.up"]),
+        (("layers.*.mlp.up",), ["layers.0.mlp.up", "layers.1.mlp.up"]),
+        (("up",), ["layers.0.mlp.up", "layers.1.mlp.up"]),
+        (("mlp.d*n",), ["layers.0.mlp.down", "layers.1.mlp.down"]),
+        (("layer", "u", "lm_head"), []),
+    ],
+)
+def test_patterns(skip, left):
+    def block():
+        return nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(64, 64), "down": nn.Linear(64, 64)})})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
+    report = bnb.quantize_model(model, skip=skip)
+    assert sorted(report.skipped) == left
+    assert len(report.layers) == 4 - len(left)
+
+
+def test_weights_that_are_not_there():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, device="meta"))
+    with pytest.raises(InvalidArgumentError, match="1 is on the meta device; load the model's weights first"):
+        bnb.quantize_model(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(InvalidArgumentError, match="is one itself, which cannot be replaced in place"):
+        bnb.quantize_model(nn.Linear(64, 64))

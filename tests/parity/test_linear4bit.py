@@ -1,5 +1,7 @@
 """Linear4bit against that of bitsandbytes: the same bytes from the same weights, and checkpoints that go both ways."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,19 +11,9 @@ from bnb_core import nn
 peer = pytest.importorskip("bitsandbytes")
 
 IN, OUT = 192, 40
-settings = pytest.mark.parametrize(
-    ("quant_type", "nested", "storage"),
-    [
-        ("nf4", False, torch.uint8),
-        ("nf4", True, torch.uint8),
-        ("fp4", False, torch.uint8),
-        ("fp4", True, torch.uint8),
-        ("nf4", True, torch.bfloat16),
-        ("fp4", False, torch.float32),
-        ("nf4", False, torch.float16),
-    ],
-    ids=str,
-)
+STORAGE = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
+FORMATS = [*itertools.product(["nf4", "fp4"], [False, True], STORAGE), ("nf4", True, torch.int8), ("nf4", True, torch.float64)]
+settings = pytest.mark.parametrize(("quant_type", "nested", "storage"), FORMATS, ids=str)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -1,8 +1,10 @@
 """Every public name of bitsandbytes 0.50.2 exists here with the same signature, or stands in the documentation's table."""
 
+import ast
 import importlib
 import inspect
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -66,6 +68,29 @@ def differs(peer, own):
     return found[: len(wanted)] != wanted or not optional
 
 
+def unused(function):
+    """Name the parameters that a function of ours does not read, but in its docstring."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+    read = {node.id for node in ast.walk(ast.Module(tree.body, [])) if isinstance(node, ast.Name)}
+    given = tree.args.posonlyargs + tree.args.args + tree.args.kwonlyargs
+    return [arg.arg for arg in given if arg.arg not in read and arg.arg not in ("self", "cls", "ctx")]
+
+
+def functions(value):
+    """The functions of ours that take the arguments of a class or function of bitsandbytes."""
+    if inspect.isfunction(value):
+        return [value]
+    maker = value.__new__ if issubclass(value, torch.nn.Parameter) else value.__init__
+    members = [maker, *(getattr(value, name) for name in methods_of(value))]
+    return [getattr(member, "__func__", member) for member in members if inspect.isroutine(member)]
+
+
+def methods_of(value):
+    bases = [base for base in value.__mro__ if base.__module__.startswith("bnb_core")]
+    kinds = (types.FunctionType, staticmethod, classmethod)
+    return sorted({name for base in bases for name, v in vars(base).items() if isinstance(v, kinds) and not name.startswith("_")})
+
+
 def compare():
     """Name what is missing here, and what has another signature."""
     missing, different = set(), set()
@@ -104,6 +129,25 @@ def test_the_table_of_exceptions_is_exact():
     exceptions = documented("What is not there")
     beyond = {name for name in exceptions if name.split(".")[0] in ("cextension", "cuda_specs", "backends", "diagnostics")}
     assert exceptions - beyond == missing | different
+
+
+def test_no_argument_is_accepted_and_ignored():
+    ignored = {}
+    for module in MODULES:
+        for name in public_names(module):
+            own = ours(module, name)
+            if callable(own):
+                for function in functions(own):
+                    if str(function.__module__).startswith("bnb_core") and unused(function):
+                        ignored[function.__qualname__] = unused(function)
+    assert ignored == {
+        # What torch calls hooks of this kind with.
+        "maybe_rearrange_weight": ["local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs"],
+        # To be overridden: says so when it is called, or has a value that no option changes.
+        "OutlierAwareLinear.forward_with_outliers": ["x", "outlier_idx"],
+        "OutlierAwareLinear.quantize_weight": ["w", "outlier_idx"],
+        "Optimizer.initial_value": ["options"],
+    }
 
 
 def test_enough_is_compared():

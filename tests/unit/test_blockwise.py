@@ -155,6 +155,7 @@ codes = torch.zeros(10, dtype=torch.uint8)
         (lambda s: F.dequantize_blockwise(codes, s, absmax=s.absmax), "pass it, or them"),
         (lambda s: F.dequantize_blockwise(codes, s, code=s.code), "pass it, or them"),
         (lambda s: F.dequantize_blockwise(codes, s, nested=True), "nested is True, but"),
+        (lambda s: F.dequantize_blockwise(codes, s, blocksize=32), "blocksize is 32, that of quant_state is"),
         (lambda s: F.dequantize_blockwise(codes.int(), s), "codes is torch.int32; it must be torch.uint8"),
         (lambda s: F.dequantize_blockwise(codes[:0], s), "absmax has 1 elements"),
         (lambda s: F.dequantize_blockwise(codes, s, out=torch.empty(10).half()), "out for x is torch.float16"),

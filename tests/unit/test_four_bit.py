@@ -194,6 +194,7 @@ packed = torch.zeros(35, 1, dtype=torch.uint8)
         (lambda s: F.dequantize_4bit(packed, absmax=s.absmax), "both absmax and out"),
         (lambda s: F.dequantize_4bit(packed, s, absmax=s.absmax), "quant_state has the absmax already"),
         (lambda s: F.dequantize_4bit(packed, s, blocksize=128), "blocksize is 128, that of quant_state is 64"),
+        (lambda s: F.dequantize_4bit(packed, s, quant_type="int4"), "quant_type is 'int4', that of quant_state is 'nf4'"),
         (lambda s: F.dequantize_fp4(packed, s), "quant_state is of type 'nf4'"),
         (lambda s: F.dequantize_4bit(packed[:-1], s), "packed has 34 elements.* 35"),
         (lambda s: F.dequantize_4bit(packed, s, out=torch.empty(7, 10)), r"out for x is torch.float32 \[7, 10\]"),

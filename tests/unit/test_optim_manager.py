@@ -35,6 +35,16 @@ def test_there_is_one_manager(manager):
         optim.GlobalOptimManager()
 
 
+def test_what_is_registered_are_parameters(manager):
+    params = make(3, 4)
+    manager.register_parameters(params)
+    manager.register_parameters(param for param in params)
+    manager.register_parameters([{"params": params, "lr": 0.1}])
+    for wrong in (["weight"], [{"params": ["weight"]}], [{"lr": 0.1}]):
+        with pytest.raises(InvalidArgumentError, match="is no parameter; pass tensors, or groups"):
+            manager.register_parameters(wrong)
+
+
 @pytest.mark.parametrize("registered", [False, True])
 def test_one_parameter_has_32bit_states(manager, registered):
     params = make(5000, 5000)

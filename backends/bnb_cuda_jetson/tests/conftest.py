@@ -39,6 +39,7 @@ def run_with_driver(driver_folder: Path, tmp_path: Path) -> Callable[..., Run]:
 
     def run(code: str, capabilities: str, **settings: Any) -> Run:
         log = tmp_path / "log"
+        log.write_text("")
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": str(driver_folder),
@@ -49,6 +50,6 @@ def run_with_driver(driver_folder: Path, tmp_path: Path) -> Callable[..., Run]:
         program = "from bnb_cuda_jetson import _native, backend\n" + code
         result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        return Run(result.stdout, log.read_text().splitlines() if log.exists() else [])
+        return Run(result.stdout, log.read_text().splitlines())
 
     return run

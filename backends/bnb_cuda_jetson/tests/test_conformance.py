@@ -5,10 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import bnb_cuda_jetson
 import pytest
 import torch
-
-import bnb_cuda_jetson
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and bnb_cuda_jetson.backend.available()), reason="needs a CUDA device")

@@ -60,7 +60,7 @@ def test_a_kernel_that_uses_local_memory_is_refused(tmp_path, architecture):
 
 
 def test_an_error_of_the_source_is_shown(tmp_path):
-    result = compile_code(tmp_path, "extern \"C\" __global__ void broken() { return 1 }", 87)
+    result = compile_code(tmp_path, 'extern "C" __global__ void broken() { return 1 }', 87)
     assert result.returncode != 0
     assert "unit.cu for sm_87:" in result.stderr
     assert "error" in result.stderr

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from bnb_cuda_jetson import _native
 
 ARCHITECTURES = _native.architectures()
@@ -26,10 +25,8 @@ def caught(code: str) -> str:
 
 
 def test_without_a_driver_the_package_imports_and_says_why_it_cannot_run():
-    code = (
-        "from bnb_cuda_jetson import _native, backend\n"
-        "print(backend.available())\n"
-        "print(backend.description)\n" + caught(dequantize())
+    code = "from bnb_cuda_jetson import _native, backend\nprint(backend.available())\nprint(backend.description)\n" + caught(
+        dequantize()
     )
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -63,7 +60,9 @@ def test_devices_that_there_is_no_code_for_are_named(run_with_driver):
     reason, error = run.output.splitlines()
     built = ", ".join(f"{a // 10}.{a % 10}" for a in ARCHITECTURES)
     assert reason == f"no device has a compute capability that this package has code for ({built}): Fake 61 (6.1)"
-    assert error.startswith("BackendUnavailableError cuda:0 (Fake 61) has compute capability 6.1; this build of bnb-cuda-jetson has")
+    assert error.startswith(
+        "BackendUnavailableError cuda:0 (Fake 61) has compute capability 6.1; this build of bnb-cuda-jetson has"
+    )
 
 
 @pytest.mark.skipif(80 not in ARCHITECTURES, reason="built without code for sm_80")
@@ -111,7 +110,10 @@ def test_another_device_s_context_makes_room(run_with_driver):
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        ("cuLaunchKernel", "dequantize_4bit failed on cuda:0 (Fake {}): CUDA_ERROR_ILLEGAL_ADDRESS (700): an illegal memory access"),
+        (
+            "cuLaunchKernel",
+            "dequantize_4bit failed on cuda:0 (Fake {}): CUDA_ERROR_ILLEGAL_ADDRESS (700): an illegal memory access",
+        ),
         ("cuModuleLoadData", "loading the device code four_bit for sm_{} failed on cuda:0"),
         ("cuModuleGetFunction", "loading the kernel dequantize_4bit_float16 failed on cuda:0 (Fake {})"),
         ("cuDevicePrimaryCtxRetain", "the primary context of cuda:0 (Fake {}) cannot be had"),
@@ -123,8 +125,9 @@ def test_a_failure_is_an_exception_that_names_op_device_and_cause(run_with_drive
 
 
 def test_cuda_errors_are_caught_as_errors_of_a_backend():
-    from bnb_core.errors import BackendError
     from bnb_cuda_jetson import CudaError
+
+    from bnb_core.errors import BackendError
 
     assert issubclass(CudaError, BackendError)
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnb_core.cli.demo.formats import replace_layer
 from bnb_core.cli.demo.text import language_reference
 
 #: Held-out text for a language model: windows of this many tokens, or of its own maximum if that is less.
@@ -42,7 +41,6 @@ class Checkpoint:
             model = getattr(_transformers(), kind).from_pretrained(
                 str(self._folder), config=self._config, torch_dtype="auto", local_files_only=True
             )
-        _replace_transposed_linears(model)
         return model.eval()
 
 
@@ -137,15 +135,3 @@ def _explained(folder: Path, part: str) -> Iterator[None]:
     except Exception as error:  # of many kinds, some of them of other libraries' own
         reason = textwrap.shorten(str(error), width=200, placeholder=" ...") or type(error).__name__
         raise click.ClickException(f"transformers cannot read the {part} in {folder}: {reason}") from error
-
-
-def _replace_transposed_linears(model: nn.Module) -> None:
-    """Put an `nn.Linear` in the place of each `Conv1D`, which is what GPT-2 calls a linear layer with a transposed weight."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, Conv1D):
-            linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device="meta")
-            linear.weight = nn.Parameter(layer.weight.data.T.contiguous())
-            linear.bias = layer.bias
-            replace_layer(model, name, linear)

@@ -1,0 +1,44 @@
+/// Blocks of 8-bit codes, one scale each.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/blocks.hpp"
+#include "kernels/codebook256.hpp"
+
+namespace bnb {
+
+/// Fills the codes of n values of a block that has this absmax.
+template <class T>
+inline void encode_block(const Codebook256 &codebook, const T *x, int64_t n, float absmax, uint8_t *codes) {
+    if (std::isfinite(absmax)) {
+        codebook.encode(x, n, block_scale(absmax), codes);
+    } else {  // scaled values are 0 or NaN
+        std::memset(codes, codebook.code_of_zero(), static_cast<std::size_t>(n));
+    }
+}
+
+/// Fills the codes of a block of n values, and returns its absmax.
+template <class T>
+inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, uint8_t *codes) {
+    const float absmax = largest_magnitude(x, n);
+    encode_block(codebook, x, n, absmax, codes);
+    return absmax;
+}
+
+/// Fills the n entries of codes, without their scale. They go from table to memory through no vector register, which takes fewest
+/// instructions where the scale can be applied later.
+inline void copy_entries(const uint8_t *codes, const float *codebook, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        for (int64_t first = i; first < i + 32; first += 8) {
+            uint32_t entries[8];
+            for (int j = 0; j < 8; ++j) std::memcpy(entries + j, codebook + codes[first + j], sizeof(float));
+            std::memcpy(out + first, entries, sizeof entries);
+        }
+    }
+    for (; i < n; ++i) out[i] = codebook[codes[i]];
+}
+
+}  // namespace bnb

@@ -1,0 +1,41 @@
+"""Build the aarch64 wheel of bnb-cpu-neon on any machine: `python cross_build.py OUT`, in the CPython version that it is for.
+
+That Python needs the packages `build`, `auditwheel` and `ziglang`, and there must be a `patchelf`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TOOLS = Path(__file__).parent
+#: A shared library's suffix, by which the build knows what it is built for.
+SUFFIX = ".cpython-{}{}-aarch64-linux-gnu.so".format(*sys.version_info)
+
+
+def build(out: Path) -> Path:
+    """Build the wheel for this Python version into `out`, check that it needs no newer glibc than 2.17, and return its path."""
+    environment = {
+        **os.environ,
+        "CMAKE_TOOLCHAIN_FILE": str(TOOLS / "aarch64-zig.cmake"),
+        "BNB_ZIG_PYTHON": sys.executable,
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "SETUPTOOLS_EXT_SUFFIX": SUFFIX,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(TOOLS.parent)]
+        subprocess.run(command, env=environment, check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        out.mkdir(parents=True, exist_ok=True)
+        before = set(out.glob("*.whl"))
+        repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "manylinux2014_aarch64", "--wheel-dir", str(out)]
+        subprocess.run([*repair, str(wheel)], check=True)
+        (repaired,) = set(out.glob("*.whl")) - before
+    return repaired
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
