@@ -6,6 +6,7 @@ python benchmarks/gpu_memory_bound.py [--output results/NAME.json]
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -24,6 +25,7 @@ PARAMETERS = 64 << 20
 def quantization() -> List[Dict[str, Any]]:
     """Time quantize and dequantize, 4-bit and 8-bit, bfloat16."""
 
+    importlib.import_module("bitsandbytes")  # registers its operators
     peer = torch.ops.bitsandbytes
     x = torch.randn(ELEMENTS, device="cuda", dtype=torch.bfloat16)
     nf4, fp4 = get_codebook("nf4", "cuda"), get_codebook("fp4", "cuda")
@@ -42,7 +44,7 @@ def quantization() -> List[Dict[str, Any]]:
                 "bytes": moved,
                 "microseconds": gpu_timing.graph_microseconds([ours] * 4),
                 # Its launches of quantize kernels are not on torch's current stream, so that no graph captures them.
-                "bitsandbytes": gpu_timing.event_microseconds(theirs, 10) if theirs else None,
+                "bitsandbytes": gpu_timing.event_microseconds(theirs, 5, calls=20) if theirs else None,
             }
         )
 
@@ -119,7 +121,7 @@ def optimizers() -> List[Dict[str, Any]]:
                 optimizer = getattr(library, name)([param], **options)
                 for _ in range(3):
                     optimizer.step()
-                times.append(gpu_timing.event_microseconds(optimizer.step, 15))
+                times.append(gpu_timing.event_microseconds(optimizer.step, 5, calls=20))
                 del optimizer, param
             element_bytes = 3 * dtype.itemsize + state_bytes
             rows.append(

@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -34,16 +35,17 @@ def graph_microseconds(calls: Sequence[Callable[[], Any]], replays: int = 30) ->
     return event_microseconds(graph.replay, replays) / len(calls)
 
 
-def event_microseconds(call: Callable[[], Any], repeats: int = 30) -> float:
-    """Return the median time of a call on the device."""
+def event_microseconds(call: Callable[[], Any], repeats: int = 30, calls: int = 1) -> float:
+    """Return the median time of a call on the device, of several in a row, so that the device does not wait for Python."""
     times: List[float] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+        times.append(start.elapsed_time(end) * 1e3 / calls)
     return statistics.median(times)
 
 
@@ -80,5 +82,6 @@ def machine() -> Dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "bitsandbytes": metadata.version("bitsandbytes"),
         "commit": head.stdout.strip(),
     }

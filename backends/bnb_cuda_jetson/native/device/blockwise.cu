@@ -13,14 +13,9 @@ __device__ void quantize(uint8* codes, float* absmax, const T* x, const float* c
   const bool aligned = reinterpret_cast<size_t>(codes) % 16 == 0;
   quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&found)[kPerThread]) {
     if (at + kPerThread <= n && aligned) {
-      uint4 words = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words.x |= found[i] << (8 * i);
-        words.y |= found[4 + i] << (8 * i);
-        words.z |= found[8 + i] << (8 * i);
-        words.w |= found[12 + i] << (8 * i);
-      }
+      const uint4 words = make_uint4(
+          pack_bytes(found[0], found[1], found[2], found[3]), pack_bytes(found[4], found[5], found[6], found[7]),
+          pack_bytes(found[8], found[9], found[10], found[11]), pack_bytes(found[12], found[13], found[14], found[15]));
       *reinterpret_cast<uint4*>(codes + at) = words;
     } else {
 #pragma unroll

@@ -59,9 +59,10 @@ __device__ void quantize(uint8* packed, float* absmax, const T* x, const float* 
   table.build(codebook);
   const bool aligned = reinterpret_cast<size_t>(packed) % 8 == 0;
   quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&codes)[kPerThread]) {
-    uint32 words[2] = {};
+    uint32 pairs[8];  // in the lowest byte
 #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i / 4] |= (codes[2 * i] << 4 | codes[2 * i + 1]) << (i % 4 * 8);
+    for (int i = 0; i < 8; ++i) pairs[i] = codes[2 * i] << 4 | codes[2 * i + 1] & 15;
+    const uint32 words[2] = {pack_bytes(pairs[0], pairs[1], pairs[2], pairs[3]), pack_bytes(pairs[4], pairs[5], pairs[6], pairs[7])};
     if (at + kPerThread <= n && aligned) {
       *reinterpret_cast<uint2*>(packed + at / 2) = make_uint2(words[0], words[1]);
     } else {

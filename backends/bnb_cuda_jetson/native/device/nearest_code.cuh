@@ -93,14 +93,14 @@ class NearestCode4bit {
 
   static constexpr bool kTakesNan = true;
 
-  // The codes of some values; that of 0 for NaN.
+  // The codes of some values, in the lowest 4 bits; that of 0 for NaN.
   template <int kCount>
   __device__ void find(const float (&values)[kCount], uint32 (&codes)[kCount]) const {
     uint32 search = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32 bits = __float_as_uint(values[i]), word = words_[bits >> kShift];
-      codes[i] = word >> (bits << (32 - kShift) > word ? 4 : 0) & 15;
+      codes[i] = bits << (32 - kShift) > word ? word >> 4 : word;
       search |= word;
     }
     if (search & kSearch) {
@@ -156,19 +156,19 @@ class NearestCode8bit {
 
   static constexpr bool kTakesNan = false;
 
-  // The codes of some values.
+  // The codes of some values, which must not be NaN, in the lowest 8 bits.
   template <int kCount>
   __device__ void find(const float (&values)[kCount], uint32 (&codes)[kCount]) const {
     const Layout layout(ranking_.has_negative);
+    const uint32* const words = words_ - layout.first;
     uint32 search = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32 bits = __float_as_uint(values[i]);
       const int sign = int(bits) >> 31;
-      const int at = max((int(bits & layout.magnitude) >> layout.shift) - layout.first, 0) - sign * layout.negative_side;
-      const uint32 word = words_[at];
+      const uint32 word = words[max(int(bits & layout.magnitude) >> layout.shift, layout.first) + sign * layout.negative_side];
       // Further down on the negative side is a larger magnitude, so its bits are taken inverted.
-      codes[i] = (word & 255) + ((bits ^ sign) << (32 - layout.shift) > word);
+      codes[i] = (bits ^ sign) << (32 - layout.shift) > word ? word + 1 : word;
       search |= word;
     }
     if (search & kSearch) {
@@ -177,7 +177,7 @@ class NearestCode8bit {
     }
     if (!ranking_.sorted) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) codes[i] = ranking_.codes[codes[i]];
+      for (int i = 0; i < kCount; ++i) codes[i] = ranking_.codes[codes[i] & 255];
     }
   }
 
@@ -196,7 +196,7 @@ class NearestCode8bit {
       // A bucket for all smaller magnitudes, those of the octaves, and one for 1.
       count = (kOctaves << bits) + 2;
       first = (127 << bits) - count + 1;
-      negative_side = is_signed ? count : 0;
+      negative_side = is_signed ? -count : 0;  // as a factor of the sign, which is -1
       magnitude = is_signed ? 0x7fffffffu : 0xffffffffu;  // with its sign, a negative value falls below the first bucket
     }
 
@@ -219,3 +219,8 @@ class NearestCode8bit {
   uint32 words_[(kOctaves << kBits) + 4];
   Ranking<256> ranking_;
 };
+
+// Four codes of 8 bits, the first in the lowest. What else is in the words is left out.
+__device__ inline uint32 pack_bytes(uint32 first, uint32 second, uint32 third, uint32 fourth) {
+  return __byte_perm(__byte_perm(first, second, 0x0040), __byte_perm(third, fourth, 0x0040), 0x5410);
+}

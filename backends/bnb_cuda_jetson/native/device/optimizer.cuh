@@ -112,8 +112,8 @@ struct EightCodes {
 
 __device__ inline void store_codes(uint8* to, int64 at, int64 count, bool vector, const uint32 (&codes)[8]) {
   if (vector) {
-    *reinterpret_cast<uint2*>(to + at) = make_uint2(codes[0] | codes[1] << 8 | codes[2] << 16 | codes[3] << 24,
-                                                    codes[4] | codes[5] << 8 | codes[6] << 16 | codes[7] << 24);
+    *reinterpret_cast<uint2*>(to + at) = make_uint2(pack_bytes(codes[0], codes[1], codes[2], codes[3]),
+                                                    pack_bytes(codes[4], codes[5], codes[6], codes[7]));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -208,10 +208,10 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if (!has[k]) continue;
       if constexpr (kQuantized) {
-        const float scale = scale_from(largest[k]);
         float scaled[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) scaled[i] = largest[k] < kInfinityBits ? __fmul_rn(states[k][i], scale) : 0.0f;
+        for (int i = 0; i < 8; ++i) scaled[i] = states[k][i];
+        scale_values(scaled, largest[k], true);
         uint32 codes[8];
         codebooks[k].find(scaled, codes);
         store_codes(static_cast<uint8*>(unit.tensor.states[k]), at, count, vector, codes);

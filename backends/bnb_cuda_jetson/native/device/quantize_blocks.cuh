@@ -2,6 +2,7 @@
 // store, so that each is read once; the threads of a block find its absmax together.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "floats.cuh"
 #include "nearest_code.cuh"
 
@@ -37,6 +38,21 @@ __device__ inline float absmax_from(uint32 bits) { return __uint_as_float(bits >
 // 1 / absmax, correctly rounded. 0 where the absmax is not finite: all elements then take the code of 0.
 __device__ inline float scale_from(uint32 bits) {
   return bits >= kInfinityBits ? 0.0f : __frcp_rn(__uint_as_float(max(bits, kFloorBits)));
+}
+
+// Scale values by a block's absmax, of which `largest` is the bits. With `no_nan`, what would be NaN becomes 0.
+template <int kCount>
+__device__ inline void scale_values(float (&values)[kCount], uint32 largest, bool no_nan) {
+  const float scale = scale_from(largest);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(values[i], scale);
+  if (no_nan && largest >= kInfinityBits) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = 0.0f;
+      settle(values[i]);
+    }
+  }
 }
 
 // The largest magnitude among `threads` neighbouring threads, a power of two up to 512, of which `largest` is each one's. `warps` is
@@ -81,11 +97,7 @@ __device__ void quantize_blocks(const T* x, const Table& table, float* absmax, i
     }
     const uint32 largest = largest_among(largest_magnitude(values), threads, warps[turn]);
     if (threadIdx.x % threads == 0 && at < n) absmax[at >> blocksize_shift] = absmax_from(largest);
-    const float scale = scale_from(largest);
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      values[i] = __fmul_rn(Table::kTakesNan || largest < kInfinityBits ? values[i] : 0.0f, scale);
-    }
+    scale_values(values, largest, !Table::kTakesNan);
     uint32 codes[kPerThread];
     table.find(values, codes);
     store(at, codes);

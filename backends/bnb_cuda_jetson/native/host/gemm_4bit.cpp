@@ -137,7 +137,7 @@ void multiply_few(const Call& call, int dtype, Address out, Address x, const Wei
 // The kernels of gemm_4bit_many.cu, of float16 and bfloat16 from sm_80 on.
 constexpr int kManyRows = 128;    // of W that a block multiplies
 constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
-constexpr int kFewestStages = 4;  // that are worth a block
+constexpr int kFewestStages = 2;  // that are worth a block
 
 constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
 
@@ -169,13 +169,17 @@ Cut cut_many(const Device& device, std::int64_t M, std::int64_t N, std::int64_t 
   return {tokens, static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
 
-bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t K, std::int64_t blocksize) {
-  return has_tensor_cores(device, dtype) && M > 16 && K % 64 == 0 && blocksize >= 64;
+// Products of a multiprocessor up to which several passes of the kernels for few rows are faster: those for many take longer to start.
+constexpr double kSmallProduct = 1.2e6;
+
+bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
+  const bool small = static_cast<double>(M) * N * K <= kSmallProduct * device.multiprocessors;
+  return has_tensor_cores(device, dtype) && M > 16 && !small && K % 64 == 0 && blocksize >= 64;
 }
 
 // Bytes of scratch memory for a call, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
-  if (!takes_many(device(ordinal), dtype, M, K, blocksize)) return 0;
+  if (!takes_many(device(ordinal), dtype, M, N, K, blocksize)) return 0;
   const Cut cut = cut_many(device(ordinal), M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
@@ -207,7 +211,7 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
   Call call("gemm_4bit", device, stream);
   Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
                     exact_log2(blocksize)};
-  if (fits_few(weight, x) && takes_many(call.device, dtype, M, K, blocksize)) {
+  if (fits_few(weight, x) && takes_many(call.device, dtype, M, N, K, blocksize)) {
     multiply_many(call, dtype, out, x, weight, bias, M, scratch);
     return;
   }

@@ -51,7 +51,7 @@ def optimizer_step_32bit_(
         _addresses(state1),
         _addresses(state2),
         _addresses(state3),
-        [param.numel() for param in params],
+        list(map(torch.Tensor.numel, params)),
         *_rule(algorithm, hyperparameters, step, lr),
         scratch.data_ptr(),
     )
@@ -92,7 +92,7 @@ def optimizer_step_8bit_blockwise_(
         _addresses(absmax1),
         _addresses(absmax2),
         _addresses(absmax3),
-        [param.numel() for param in params],
+        list(map(torch.Tensor.numel, params)),
         address(codebook1) if state1 else 0,
         address(codebook2) if state2 else 0,
         address(codebook3) if state3 else 0,
@@ -103,7 +103,7 @@ def optimizer_step_8bit_blockwise_(
 
 
 def _addresses(tensors: Tensors) -> List[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def _rule(algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> Tuple[str, List[float], int, int]:
