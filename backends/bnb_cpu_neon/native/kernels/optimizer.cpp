@@ -101,10 +101,10 @@ struct Chunk {
     int64_t n, padded;
     float *param;
     const float *grad;
-    float *states[most_states];  ///< null if there is none
-    float scales[most_states];   ///< of the states, until the rule is applied
+    float *states[most_states];      ///< null if there is none
+    float scales[most_states];       ///< of the states, until the rule is applied
     float absmax[most_states] = {};  ///< of the states, after the rule
-    bool some_left_alone;        ///< the step does not change every element
+    bool some_left_alone;            ///< the step does not change every element
     bool left_alone[chunk_size];
     float copies[2 + most_states][chunk_size];
 
