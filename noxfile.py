@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2023.4"
+nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_external_run = True
 
@@ -174,6 +174,43 @@ def wheels(session: nox.Session) -> None:
     session.chdir(elsewhere)
     session.run("python", "-c", "import bnb_core; assert 'site-packages' in bnb_core.__file__, bnb_core.__file__")
     run_pytest(session, *session.posargs)
+
+
+#: Every architecture that the CUDA backend is meant for, and those of the GPUs that it is developed on.
+CUDA_ARCHITECTURES = "72;87;110;80;90"
+CUDA = "backends/bnb_cuda_jetson"
+
+
+def install_cuda_backend(session: nox.Session, architectures: str) -> None:
+    """Build and install the CUDA backend with device code for these architectures."""
+    session.install("--no-deps", "-C", f"cmake.define.BNB_CUDA_ARCHITECTURES={architectures}", CUDA)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Compile the CUDA backend's device code for every architecture, and test its host code against a made-up driver."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
+    session.install("pytest>=7", "pytest-xdist", "hypothesis", *(package for package in requires if package.startswith("nvidia")))
+    install_cuda_backend(session, CUDA_ARCHITECTURES)
+    run_pytest(session, f"{CUDA}/tests", *session.posargs)
+
+
+@nox.session(venv_params=["--system-site-packages"])
+def gpu(session: nox.Session) -> None:
+    """Where there is a GPU, and a torch for it: build the CUDA backend, check it against the ops' contracts, and measure it."""
+    install_editable(session, *PACKAGES)
+    session.install("pytest>=7", "hypothesis", "bitsandbytes==0.50.2")
+    install_cuda_backend(session, session.env.get("BNB_CUDA_ARCHITECTURES") or CUDA_ARCHITECTURES)
+    conformance = ["pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda"]
+    session.run(*conformance, "--bnb-strict", env={"BNB_FALLBACK": "never"})
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
+        command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
+        session.run(*command, *conformance, "-x", "-k", "not random", external=True)
+    for benchmark in sorted((ROOT / "benchmarks").glob("gpu_*_bound.py")):
+        session.run("python", str(benchmark), *session.posargs)
 
 
 @nox.session

@@ -126,23 +126,57 @@ def trainer(checkpoints, shape, optimizer):
         return trained(lambda: transformers.Trainer(load(checkpoints, shape).train(), args, train_dataset=data), folder)
 
 
-def qlora(checkpoints, shape, quantization):
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from peft.utils.integrations import dequantize_bnb_weight
-
-    torch.manual_seed(0)
-    base = prepare_model_for_kbit_training(load(checkpoints, shape, quantization), use_gradient_checkpointing=False)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
-    model = get_peft_model(base, config).train()
+def tune(model, steps):
+    """Train what is trainable of a model on the fixed input, and return the losses."""
+    model.train()
     optimizer = bitsandbytes.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(8):
+    for _ in range(steps):
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     model.eval()
+    return losses
+
+
+def dequantizes_on_cpus():
+    """Say whether peft does: up to 0.13 it takes the weights to a GPU."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    return 'torch.device("cuda")' not in inspect.getsource(dequantize_bnb_weight)
+
+
+def adapters(checkpoints, shape, quantization):
+    """Train other adapters than LoRA's."""
+    from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    places = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    kinds = {
+        "adalora": AdaLoraConfig(total_step=8, **places),
+        "ia3": IA3Config(feedforward_modules=[], **places),
+    }
+    if dequantizes_on_cpus():
+        kinds["olora"] = LoraConfig(r=4, init_lora_weights="olora", **places)
+        if quantization != "int8":  # where the first forward of bitsandbytes takes the scales from the weight, in which DoRA looks
+            kinds["dora"] = LoraConfig(r=4, use_dora=True, **places)
+    losses = {}
+    for name, config in kinds.items():
+        torch.manual_seed(0)
+        base = prepare_model_for_kbit_training(load(checkpoints, shape, quantization), use_gradient_checkpointing=False)
+        losses[name] = tune(get_peft_model(base, config), 3)
+    return losses
+
+
+def qlora(checkpoints, shape, quantization):
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(0)
+    base = prepare_model_for_kbit_training(load(checkpoints, shape, quantization), use_gradient_checkpointing=False)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+    model = get_peft_model(base, config)
+    losses = tune(model, 8)
     tuned = outputs(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -153,7 +187,7 @@ def qlora(checkpoints, shape, quantization):
         "restored": (restored - tuned).abs().max().item() / tuned.abs().max().item(),
         "unloaded": torch.equal(outputs(again.unload()), outputs(load(checkpoints, shape, quantization))),
     }
-    if 'torch.device("cuda")' not in inspect.getsource(dequantize_bnb_weight):  # peft up to 0.13 takes the weights there to merge
+    if dequantizes_on_cpus():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # merging into a quantized weight rounds, and says so
             merged = model.merge_and_unload()
@@ -204,7 +238,7 @@ def offload(checkpoints, shape, quantization):
         return {name: torch.equal(outputs(placed), expected) for name, placed in models.items()}
 
 
-TASKS = {task.__name__: task for task in (inference, prequantized, trainer, qlora, sft, offload)}
+TASKS = {task.__name__: task for task in (inference, prequantized, trainer, qlora, adapters, sft, offload)}
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()

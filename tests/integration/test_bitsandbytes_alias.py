@@ -82,7 +82,9 @@ def test_command_on_the_path(bnb_run):
 
 def test_torch_distributed(bnb_run, script):
     path = script(
-        "import os, bitsandbytes, torch.distributed as d\nd.init_process_group('gloo')\nprint(d.get_rank(), bitsandbytes.__file__)"
+        "import sys, bitsandbytes, torch.distributed as d\n"
+        "d.init_process_group('gloo')\n"
+        "sys.stdout.write(f'{d.get_rank()} {bitsandbytes.__file__}\\n')\n"  # at once, as the other process writes too
     )
     pytest.importorskip("torch.distributed")
     lines = bnb_run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", path).split("\n")

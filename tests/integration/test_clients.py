@@ -27,6 +27,7 @@ INFERENCE = [f"inference:{shape}:{name}" for shape in SHAPES for name in FORMATS
 PREQUANTIZED = ["prequantized:llama:nf4", "prequantized:gpt2:int8", "prequantized:bert:nested"]
 TRAINERS = ["trainer:llama:adamw_8bit", "trainer:llama:paged_lion_8bit"]
 QLORA = ["qlora:llama:nested", "qlora:llama:int8"]
+ADAPTERS = ["adapters:llama:nested", "adapters:llama:int8"]
 SFT = "sft:llama:nested"
 OFFLOAD = ["offload:llama:nf4", "offload:llama:int8"]
 needs_trl = pytest.mark.skipif(not TRL, reason="trl is not installed")
@@ -63,7 +64,7 @@ def checkpoints(tmp_path_factory, word_tokenizer):
 @pytest.fixture(scope="module")
 def figures(checkpoints, bnb_run, run_program):
     """The figures of each task with bnb_core, and with the real bitsandbytes, or None without it."""
-    command = (CLIENT, checkpoints, *INFERENCE, *TRAINERS, *QLORA, *([SFT] if TRL else []))
+    command = (CLIENT, checkpoints, *INFERENCE, *TRAINERS, *QLORA, *ADAPTERS, *([SFT] if TRL else []))
     with ThreadPoolExecutor() as pool:
         theirs = pool.submit(run_program, sys.executable, *command) if PEER else None
         return parsed(bnb_run(*command, *PREQUANTIZED, *OFFLOAD)), parsed(theirs.result()) if theirs else None
@@ -159,6 +160,19 @@ def test_qlora_gives_what_it_gives_with_bitsandbytes(ours, theirs, task):
     assert ours[task]["losses"] == pytest.approx(theirs[task]["losses"], rel=1e-2)
     assert ours[task]["merged"] == pytest.approx(theirs[task]["merged"], rel=0.1)
     assert ours[task]["layers"] == theirs[task]["layers"]
+
+
+@pytest.mark.parametrize("task", ADAPTERS)
+def test_adapters(ours, task):
+    for losses in ours[task].values():
+        assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("task", ADAPTERS)
+def test_adapters_lose_as_with_bitsandbytes(ours, theirs, task):
+    assert set(ours[task]) == set(theirs[task])
+    for name, losses in ours[task].items():
+        assert losses == pytest.approx(theirs[task][name], rel=1e-2)
 
 
 @needs_trl

@@ -65,3 +65,20 @@ def test_transformers_loads_it(tmp_path, model, to):
         found = loaded(TOKENS).logits
         reference = expected(TOKENS).logits
         assert (found - reference).norm() / reference.norm() < 0.02
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers loads quantized models with accelerate")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_transformers_loads_a_saved_model_in_shards(tmp_path, to):
+    model = make("llama")
+    bnb.quantize_model(model, to)
+    with torch.no_grad():
+        reference = model(TOKENS).logits
+    bnb.save_quantized(model, tmp_path / "saved", shard_bytes=20_000)
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
+    loaded = type(model).from_pretrained(str(tmp_path / "saved"), device_map="cpu", torch_dtype=torch.float32)
+    with torch.no_grad():
+        found = loaded(TOKENS).logits
+    assert (found - reference).norm() / reference.norm() < 0.02

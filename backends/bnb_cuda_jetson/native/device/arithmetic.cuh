@@ -1,0 +1,23 @@
+// Division and square root in a few instructions, without the calls for rare operands that the compiler's own make. They differ from
+// IEEE's in no more than the last bit, and not where the result is zero, infinite or NaN.
+#pragma once
+
+__device__ inline float divide(float a, float b) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));  // for 2^-126 <= |b| <= 2^126, and 0
+  const float quotient = a * reciprocal;
+  const float refined = fmaf(fmaf(-quotient, b, a), reciprocal, quotient);
+  return isfinite(quotient) ? refined : quotient;
+}
+
+__device__ inline float square_root(float x) {
+  float inverse;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse;
+  const float refined = fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+  return x == 0.0f || isinf(x) ? x : refined;
+}
+
+// Have the value worked out here, whatever it is used for. Left to itself the compiler moves arithmetic into a branch where its result
+// is wanted in some cases only, and the elements of a thread then wait for each other.
+__device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }

@@ -1,0 +1,23 @@
+// Block scales, plain or nested.
+#pragma once
+
+#include "floats.cuh"
+
+// The same struct as in native/host/arguments.h.
+struct Scales {
+  const void* absmax;
+  const float* nested_absmax;
+  const float* nested_codebook;
+  const float* nested_offset;
+  int64 nested_blocksize;
+  int nested_shift;
+  int unused;
+
+  // The float32 scale of a block; rounded after each of the two operations where scales are nested.
+  __device__ float operator[](int64 block) const {
+    if (!nested_absmax) return static_cast<const float*>(absmax)[block];
+    uint8 code = static_cast<const uint8*>(absmax)[block];
+    int64 group = nested_shift >= 0 ? block >> nested_shift : block / nested_blocksize;
+    return __fadd_rn(__fmul_rn(nested_codebook[code], nested_absmax[group]), *nested_offset);
+  }
+};

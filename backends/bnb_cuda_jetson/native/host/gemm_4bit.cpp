@@ -1,0 +1,280 @@
+// Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
+#include <algorithm>
+
+#include "arguments.h"
+#include "bindings.h"
+#include "launch.h"
+
+namespace bnb {
+namespace {
+
+// The same struct as in native/device/weight_4bit.cuh.
+struct Weight4bit {
+  Address packed;
+  Scales scales;
+  Address codebook;
+  std::int64_t N;
+  std::int64_t K;
+  std::int64_t first_block = 0;
+  int blocksize_shift;
+  int unused = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------- any shape and alignment
+constexpr int kAnyRows = 32;  // tile of tiled_product.cuh
+constexpr int kAnyOutputs = 64;
+
+Kernel any_kernels[kDtypes] = {
+    {"gemm_4bit_any", "gemm_4bit_any_float32", 256},
+    {"gemm_4bit_any", "gemm_4bit_any_float16", 256},
+    {"gemm_4bit_any", "gemm_4bit_any_bfloat16", 256},
+};
+Kernel transposed_kernels[kDtypes] = {
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_float32", 256},
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_float16", 256},
+    {"gemm_4bit_any", "gemm_4bit_transposed_any_bfloat16", 256},
+};
+
+constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
+
+// Rows of x are tiles in a grid's second dimension: as many launches as that needs.
+template <class Launch>
+void by_rows(std::int64_t rows, std::int64_t tile, Launch launch_rows) {
+  for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile) launch_rows(first, std::min(rows - first, kMostGridRows * tile));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- few rows of x
+// The kernels of gemm_4bit_few.cu.
+struct FewKernel {
+  int tokens;       // rows of x that it multiplies at a time
+  int warps[2];     // plain and nested
+  Kernel plain;
+  Kernel nested;
+
+  // table_words, scale_run: of the kernel's dot.
+  static constexpr unsigned shared_bytes(unsigned table_words, unsigned tokens, unsigned scale_run, unsigned warps, bool nested) {
+    const unsigned piece = 16 * 128 + 16 * (256 / scale_run + 1) * 4;
+    return 4 * (table_words + 2 * warps * 16 * tokens + (nested ? 256 : 0)) + warps * 3 * piece;
+  }
+
+  constexpr FewKernel(const char* plain_name, const char* nested_name, unsigned table_words, unsigned tokens, unsigned scale_run,
+                      unsigned plain_warps, unsigned nested_warps)
+      : tokens(static_cast<int>(tokens)),
+        warps{static_cast<int>(plain_warps), static_cast<int>(nested_warps)},
+        plain("gemm_4bit_few", plain_name, 32 * plain_warps, shared_bytes(table_words, tokens, scale_run, plain_warps, false)),
+        nested("gemm_4bit_few", nested_name, 32 * nested_warps, shared_bytes(table_words, tokens, scale_run, nested_warps, true)) {}
+};
+
+constexpr unsigned kPairTable = 256 * 32;
+constexpr unsigned kValueTable = 16 * 32;
+
+#define BNB_FEW(name, ...) \
+  { "gemm_4bit_few_" name, "gemm_4bit_few_" name "_nested", __VA_ARGS__ }
+#define BNB_SIXTEEN_BITS(name, ...) \
+  { BNB_FEW(name "_float16", kPairTable, __VA_ARGS__), BNB_FEW(name "_bfloat16", kPairTable, __VA_ARGS__) }
+
+// Of float16 and bfloat16, from sm_80 on.
+FewKernel one_row[2] = BNB_SIXTEEN_BITS("one", 1, 64, 16, 12);
+FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
+FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
+FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 16, 12);
+FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
+
+// Of float32, and before sm_80 of all three.
+#define BNB_SCALAR(name, tokens)                                                                                            \
+  {                                                                                                                         \
+    BNB_FEW(name "_float32", kValueTable, tokens, 32, 12, 12), BNB_FEW(name "_float16", kValueTable, tokens, 32, 12, 12),   \
+        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 12, 12)                                                          \
+  }
+FewKernel scalar_one[kDtypes] = BNB_SCALAR("scalar1", 1);
+FewKernel scalar_two[kDtypes] = BNB_SCALAR("scalar2", 2);
+
+bool has_tensor_cores(const Device& device, int dtype) { return device.architecture >= 80 && dtype != kFloat32; }
+
+FewKernel& few_kernel(const Device& device, int dtype, std::int64_t M, std::int64_t K, int blocksize_shift) {
+  if (!has_tensor_cores(device, dtype)) return M == 1 ? scalar_one[dtype] : scalar_two[dtype];
+  const int index = dtype - kFloat16;
+  if (blocksize_shift < 6 || K % 64) return small_blocks[index];
+  if (M == 1) return one_row[index];
+  return M <= 4 ? four_rows[index] : M <= 8 ? eight_rows[index] : sixteen_rows[index];
+}
+
+// Whether the kernels for few rows take the operands: they read 16 bytes at a time.
+bool fits_few(const Weight4bit& weight, Address x) {
+  return weight.K % 32 == 0 && weight.K < (std::int64_t(1) << 31) - 4096 && weight.packed % 16 == 0 && x % 16 == 0 &&
+         weight.scales.nested_shift >= 0;
+}
+
+// Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
+// one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
+// those of a multiprocessor slow each other down.
+int split_shift(const Device& device, const Weight4bit& weight, int warps) {
+  constexpr double kWarpsAtFullSpeed = 8;
+  const std::int64_t tiles = ceil_div(weight.N, 16), pieces = ceil_div(weight.K, 256);
+  int best_shift = 0;
+  double best = 0;
+  for (int shift = 0; shift <= 4 && (1 << shift) <= pieces && warps % (1 << shift) == 0; ++shift) {
+    const std::int64_t teams = static_cast<std::int64_t>(device.multiprocessors) * (warps >> shift);
+    const double busy = static_cast<double>(std::min(tiles, teams) << shift) / device.multiprocessors;
+    const double cost = ceil_div(tiles, teams) * (ceil_div(pieces, 1 << shift) + 1) * std::max(kWarpsAtFullSpeed, busy);
+    if (!shift || cost < best) {
+      best = cost;
+      best_shift = shift;
+    }
+  }
+  return best_shift;
+}
+
+void multiply_few(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M) {
+  FewKernel& few = few_kernel(call.device, dtype, M, weight.K, weight.blocksize_shift);
+  const bool nested = weight.scales.nested_absmax;
+  Kernel& kernel = nested ? few.nested : few.plain;
+  const int shift = split_shift(call.device, weight, few.warps[nested]);
+  launch(call, kernel, {blocks_for(call, kernel, ceil_div(weight.N, 16))}, out, x, weight, bias, M, shift);
+}
+
+// --------------------------------------------------------------------------------------------------------------- many rows of x
+// The kernels of gemm_4bit_many.cu, of float16 and bfloat16 from sm_80 on.
+constexpr int kManyRows = 128;    // of W that a block multiplies
+constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
+constexpr int kFewestStages = 4;  // that are worth a block
+
+constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
+
+Kernel many32_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},
+    {"gemm_4bit_many", "gemm_4bit_many32_bfloat16", 512, many_shared_bytes(32)},
+};
+Kernel many64_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_many64_float16", 512, many_shared_bytes(64)},
+    {"gemm_4bit_many", "gemm_4bit_many64_bfloat16", 512, many_shared_bytes(64)},
+};
+Kernel add_kernels[2] = {
+    {"gemm_4bit_many", "gemm_4bit_add_float16", 512},
+    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 512},
+};
+
+// How the kernels for many rows cut a product: rows of x in a tile, and blocks that share the columns, `stages` stages each.
+struct Cut {
+  int tokens;
+  int parts;
+  int stages;
+};
+
+Cut cut_many(const Device& device, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const int tokens = M <= 32 ? 32 : 64;
+  const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens), stages = ceil_div(K, kManyDepth);
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
+  const std::int64_t each = ceil_div(stages, wanted);
+  return {tokens, static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
+}
+
+bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t K, std::int64_t blocksize) {
+  return has_tensor_cores(device, dtype) && M > 16 && K % 64 == 0 && blocksize >= 64;
+}
+
+// Bytes of scratch memory for a call, for sums of parts of the columns.
+std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
+  if (!takes_many(device(ordinal), dtype, M, K, blocksize)) return 0;
+  const Cut cut = cut_many(device(ordinal), M, N, K);
+  return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
+}
+
+void multiply_many(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M,
+                   Address scratch) {
+  const Cut cut = cut_many(call.device, M, weight.N, weight.K);
+  const int index = dtype - kFloat16;
+  Kernel& kernel = (cut.tokens == 32 ? many32_kernels : many64_kernels)[index];
+  const Address sums = cut.parts > 1 ? scratch : 0;
+  by_rows(M, cut.tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, cut.tokens)),
+                    static_cast<unsigned>(cut.parts)};
+    launch(call, kernel, grid, out + 2 * first * weight.N, sums, x + 2 * first * weight.K, weight, bias, count, cut.stages);
+  });
+  if (cut.parts > 1) {
+    Kernel& add = add_kernels[index];
+    launch(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 512))}, out, sums, bias, M, weight.N, cut.parts);
+  }
+}
+
+// Rows up to which the kernels for few rows win over those for any shape.
+std::int64_t most_few(const Device& device, int dtype) { return has_tensor_cores(device, dtype) ? 1 << 30 : 8; }
+
+// ------------------------------------------------------------------------------------------------------------------ entry points
+void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
+               Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
+               Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch) {
+  Call call("gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  if (fits_few(weight, x) && takes_many(call.device, dtype, M, K, blocksize)) {
+    multiply_many(call, dtype, out, x, weight, bias, M, scratch);
+    return;
+  }
+  if (fits_few(weight, x) && M <= most_few(call.device, dtype)) {
+    multiply_few(call, dtype, out, x, weight, bias, M);
+    return;
+  }
+  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
+  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(N, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
+    launch(call, any_kernels[dtype], grid, out + first * N * size, x + first * K * size, weight, bias, count, Address(0), 0);
+  });
+}
+
+void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Address g, std::int64_t M, Address packed, Address absmax,
+                          Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address nested_absmax,
+                          Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
+  Call call("gemm_4bit_transposed", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
+  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(K, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
+    launch(call, transposed_kernels[dtype], grid, out + first * K * size, g + first * N * size, weight, count, Address(0), 0);
+  });
+}
+
+Kernel panel_kernel("gemm_4bit_panel", "gemm_4bit_panel", 256);
+
+// Dequantize a part of a weight to bfloat16. K and the column numbers are multiples of 8, `packed` of 4.
+void gemm_4bit_panel(int device, Address stream, Address out, Address packed, Address absmax, Address codebook, std::int64_t blocksize,
+                     std::int64_t N, std::int64_t K, std::int64_t first_row, std::int64_t rows, std::int64_t first_column,
+                     std::int64_t columns, Address nested_absmax, Address nested_codebook, Address nested_offset,
+                     std::int64_t nested_blocksize) {
+  Call call("gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  const std::int64_t across = ceil_div(columns, 8 * 256), down = ceil_div(panel_kernel.on(call.device).resident_blocks, across);
+  const Grid grid{static_cast<unsigned>(across), static_cast<unsigned>(std::min({ceil_div(rows, 4), down, kMostGridRows}))};
+  launch(call, panel_kernel, grid, out, weight, first_row, rows, first_column, columns);
+}
+
+void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
+                       Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
+                       bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
+                       std::int64_t nested_blocksize) {
+  Call call(transposed ? "grouped_gemm_4bit_transposed" : "grouped_gemm_4bit", device, stream);
+  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
+                    exact_log2(blocksize)};
+  // Which tokens are whose is known on the device alone: as many tiles of tokens as there can be, those left over do nothing.
+  const std::int64_t tiles = tokens / kAnyRows + std::min<std::int64_t>(experts, tokens);
+  const Grid grid{static_cast<unsigned>(ceil_div(transposed ? K : N, kAnyOutputs)), static_cast<unsigned>(std::min(tiles, kMostGridRows))};
+  if (transposed) {
+    launch(call, transposed_kernels[dtype], grid, out, x, weight, tokens, offsets, experts);
+  } else {
+    launch(call, any_kernels[dtype], grid, out, x, weight, Address(0), tokens, offsets, experts);
+  }
+}
+
+}  // namespace
+
+void bind_gemm_4bit(nanobind::module_& module) {
+  module.def("gemm_4bit", &gemm_4bit, NoLock());
+  module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
+  module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
+  module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
+  module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
+}
+
+}  // namespace bnb

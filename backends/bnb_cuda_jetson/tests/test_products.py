@@ -1,0 +1,154 @@
+"""Which kernels multiply: by rows of x, dtype, layout and alignment, on a made-up device of eight multiprocessors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from bnb_cuda_jetson import _native, panels
+
+ARCHITECTURES = _native.architectures()
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+with_tensor_cores = pytest.mark.skipif(max(ARCHITECTURES) < 80, reason="built without code for sm_80 or newer")
+
+GEMM = """
+weight = {packed}, 12288, 16384, {blocksize}, {N}, {K}
+_native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192)
+"""
+INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
+
+
+def kernels(run, code: str, capability: int = max(ARCHITECTURES)) -> list:
+    """Return the name and the grid of each launch."""
+    return [tuple(call.split()[:2]) for call in run(code, str(capability)).calls_of("cuLaunchKernel")]
+
+
+def gemm(run, **settings) -> list:
+    call = {"dtype": BFLOAT16, "x": 4096, "M": 1, "packed": 8192, "blocksize": 64, "N": 256, "K": 512, "nested": 0, **settings}
+    return kernels(run, GEMM.format(**call))
+
+
+@with_tensor_cores
+@pytest.mark.parametrize(
+    ("M", "kernel"),
+    [(1, "one"), (2, "rows4"), (4, "rows4"), (5, "rows8"), (8, "rows8"), (9, "rows16"), (16, "rows16")],
+)
+def test_few_rows_on_tensor_cores(run_with_driver, M, kernel):
+    assert gemm(run_with_driver, M=M)[0][0] == f"gemm_4bit_few_{kernel}_bfloat16"
+    assert gemm(run_with_driver, M=M, dtype=FLOAT16, nested=512)[0][0] == f"gemm_4bit_few_{kernel}_float16_nested"
+
+
+@with_tensor_cores
+@pytest.mark.parametrize("layout", [{"blocksize": 32}, {"K": 480}], ids=str)
+def test_few_rows_whose_runs_of_64_have_several_scales(run_with_driver, layout):
+    assert gemm(run_with_driver, **layout)[0][0] == "gemm_4bit_few_blocks32_bfloat16"
+
+
+def test_few_rows_of_float32_are_not_rounded(run_with_driver):
+    assert gemm(run_with_driver, dtype=FLOAT32)[0][0] == "gemm_4bit_few_scalar1_float32"
+    assert gemm(run_with_driver, dtype=FLOAT32, M=2)[0][0] == "gemm_4bit_few_scalar2_float32"
+    assert gemm(run_with_driver, dtype=FLOAT32, M=9)[0][0] == "gemm_4bit_any_float32"
+
+
+@pytest.mark.parametrize("layout", [{"K": 511}, {"K": 500}, {"packed": 8195}, {"x": 4098}], ids=str)
+def test_what_cannot_be_read_sixteen_bytes_at_a_time(run_with_driver, layout):
+    assert gemm(run_with_driver, **layout) == [("gemm_4bit_any_bfloat16", "4x1x1")]
+
+
+@with_tensor_cores
+def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
+    """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has four stages of 128 columns."""
+    assert gemm(run_with_driver, M=64, K=4096) == [("gemm_4bit_many64_bfloat16", "2x1x4"), ("gemm_4bit_add_bfloat16", "16x1x1")]
+    assert gemm(run_with_driver, M=32, K=1024)[0] == ("gemm_4bit_many32_bfloat16", "2x1x2")
+    assert gemm(run_with_driver, M=65, K=512) == [("gemm_4bit_many64_bfloat16", "2x2x1")]
+
+
+@with_tensor_cores
+def test_scratch_holds_the_sums_of_every_part(run_with_driver):
+    code = "print(*(_native.gemm_4bit_scratch(0, 2, M, 256, 4096, 64) for M in (16, 64, 1024)))"
+    assert run_with_driver(code, str(max(ARCHITECTURES))).output.split() == ["0", str(4 * 4 * 64 * 256), "0"]
+
+
+def test_rows_beyond_what_a_grid_holds_take_further_launches(run_with_driver):
+    tiles = 65535
+    assert gemm(run_with_driver, M=tiles * 32 + 1, K=500, N=1) == [
+        ("gemm_4bit_any_bfloat16", f"1x{tiles}x1"),
+        ("gemm_4bit_any_bfloat16", "1x1x1"),
+    ]
+
+
+def int8(run, **settings) -> list:
+    call = {"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, **settings}
+    return [name for name, _ in kernels(run, INT8.format(**call))]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_of_few_rows_is_one_kernel(run_with_driver, threshold):
+    assert int8(run_with_driver, threshold=threshold) == ["int8_linear_one_float16"]
+    assert int8(run_with_driver, threshold=threshold, rows=4) == ["int8_linear_four_float16"]
+
+
+@with_tensor_cores
+def test_int8_of_many_rows_is_quantized_first(run_with_driver):
+    quantize = ["int8_inspect_columns_float16", "int8_quantize_rows_float16"]
+    assert int8(run_with_driver, rows=16) == [*quantize, "int8_linear_few_float16"]
+    assert int8(run_with_driver, rows=17) == [*quantize, "int8_linear_many_float16"]
+
+
+@pytest.mark.parametrize("layout", [{"K": 511}, {"codes": 12290}], ids=str)
+def test_int8_of_any_layout(run_with_driver, layout):
+    assert int8(run_with_driver, **layout) == ["int8_quantize_rows_float16", "int8_linear_any_float16"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- panels
+
+#: Clocks, multiprocessors and memory as the driver reports them.
+H200 = SimpleNamespace(
+    compute_capability=90, multiprocessors=132, clock_kilohertz=1_980_000, memory_clock_kilohertz=3_201_000, memory_bus_bits=6144
+)
+ORIN = SimpleNamespace(
+    compute_capability=87, multiprocessors=16, clock_kilohertz=1_300_000, memory_clock_kilohertz=3_199_000, memory_bus_bits=256
+)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    monkeypatch.setattr(panels, "_native", SimpleNamespace(device=lambda ordinal: request.param))
+    panels.costs.cache_clear()
+    panels.panel_size.cache_clear()
+    yield request.param
+    panels.costs.cache_clear()
+    panels.panel_size.cache_clear()
+
+
+@pytest.mark.parametrize("device", [H200], indirect=True)
+@pytest.mark.parametrize(
+    ("N", "K", "fused_up_to", "panels_from"), [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (1024, 4096, 64, 256)]
+)
+def test_panels_are_chosen_where_they_were_measured_to_be_faster(device, N, K, fused_up_to, panels_from):
+    assert panels.panel_size(0, fused_up_to, N, K, 64, False) == 0
+    assert panels.panel_size(0, panels_from, N, K, 64, False) > 0
+
+
+@pytest.mark.parametrize("device", [H200, ORIN], indirect=True)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_panel_stays_within_its_bytes(device, transposed):
+    N, K = 14336, 4096
+    size = panels.panel_size(0, 4096, N, K, 64, transposed)
+    assert 0 < size * (N if transposed else K) * 2 <= panels.PANEL_BYTES
+    assert size % 8 == 0
+
+
+@pytest.mark.parametrize("device", [H200], indirect=True)
+def test_a_small_weight_is_one_panel(device):
+    assert panels.panel_size(0, 4096, 1000, 4096, 64, False) == 1000
+
+
+@pytest.mark.parametrize("device", [SimpleNamespace(**{**vars(ORIN), "compute_capability": 72})], indirect=True)
+def test_without_bfloat16_arithmetic_there_are_no_panels(device):
+    assert panels.panel_size(0, 4096, 4096, 4096, 64, False) == 0
+
+
+@pytest.mark.parametrize("device", [H200], indirect=True)
+def test_columns_that_straddle_bytes_take_no_panels(device):
+    assert panels.panel_size(0, 4096, 4096, 4095, 64, False) == 0
