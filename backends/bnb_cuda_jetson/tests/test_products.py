@@ -79,7 +79,8 @@ def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
 @with_tensor_cores
 def test_small_products_of_many_rows_take_the_kernels_for_few(run_with_driver):
     (name,) = names(run_with_driver, gemm(M=32, N=256, K=512))
-    assert name.startswith("gemm_4bit_few_") and name.endswith("rows16_bfloat16")
+    assert name.startswith("gemm_4bit_few_")
+    assert name.endswith("rows16_bfloat16")
 
 
 @with_tensor_cores
