@@ -38,7 +38,8 @@ def int8(**settings) -> str:
 
 @with_tensor_cores
 def test_few_rows_on_tensor_cores(run_with_driver):
-    kernels = {1: "one", 2: "rows4", 4: "rows4", 5: "rows8", 8: "rows8", 9: "rows16", 16: "rows16"}
+    sixteen = "wide_rows16" if max(ARCHITECTURES) >= 90 else "rows16"
+    kernels = {1: "one", 2: "rows4", 4: "rows4", 5: "rows8", 8: "rows8", 9: sixteen, 16: sixteen}
     plain = [gemm(M=M) for M in kernels]
     nested = [gemm(M=M, dtype=FLOAT16, nested=512) for M in kernels]
     expected = [f"gemm_4bit_few_{kernel}_bfloat16" for kernel in kernels.values()]
@@ -77,7 +78,9 @@ def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
 
 @with_tensor_cores
 def test_small_products_of_many_rows_take_the_kernels_for_few(run_with_driver):
-    assert names(run_with_driver, gemm(M=32, N=256, K=512)) == ["gemm_4bit_few_rows16_bfloat16"]
+    (name,) = names(run_with_driver, gemm(M=32, N=256, K=512))
+    assert name.startswith("gemm_4bit_few_")
+    assert name.endswith("rows16_bfloat16")
 
 
 @with_tensor_cores

@@ -65,6 +65,10 @@ struct FewKernel {
         nested("gemm_4bit_few", nested_name, 32 * nested_warps, shared_bytes(table_words, tokens, scale_run, nested_warps, true)) {}
 };
 
+// What a block may have, on Xavier and on Orin.
+constexpr unsigned kSharedOfXavier = 96 * 1024;
+constexpr unsigned kSharedOfOrin = 163 * 1024;
+
 constexpr unsigned kPairTable = 256 * 32;
 constexpr unsigned kValueTable = 16 * 32;
 
@@ -77,17 +81,22 @@ constexpr unsigned kValueTable = 16 * 32;
 FewKernel one_row[2] = BNB_SIXTEEN_BITS("one", 1, 64, 16, 12);
 FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
 FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
-FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 16, 12);
+FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 12, 12);
+FewKernel wide_sixteen_rows[2] = BNB_SIXTEEN_BITS("wide_rows16", 16, 64, 16, 12);  // from sm_90 on
 FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
+static_assert(FewKernel::shared_bytes(kPairTable, 1, 64, 16, false) <= kSharedOfOrin, "one row");
+static_assert(FewKernel::shared_bytes(kPairTable, 8, 64, 16, true) <= kSharedOfOrin, "eight rows");
+static_assert(FewKernel::shared_bytes(kPairTable, 16, 64, 12, true) <= kSharedOfOrin, "sixteen rows");
 
 // Of float32, and before sm_80 of all three.
 #define BNB_SCALAR(name, tokens)                                                                                            \
   {                                                                                                                         \
-    BNB_FEW(name "_float32", kValueTable, tokens, 32, 12, 12), BNB_FEW(name "_float16", kValueTable, tokens, 32, 12, 12),   \
-        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 12, 12)                                                          \
+    BNB_FEW(name "_float32", kValueTable, tokens, 32, 8, 8), BNB_FEW(name "_float16", kValueTable, tokens, 32, 8, 8),   \
+        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 8, 8)                                                          \
   }
 FewKernel scalar_one[kDtypes] = BNB_SCALAR("scalar1", 1);
 FewKernel scalar_two[kDtypes] = BNB_SCALAR("scalar2", 2);
+static_assert(FewKernel::shared_bytes(kValueTable, 2, 32, 8, true) <= kSharedOfXavier, "two rows, without tensor cores");
 
 bool has_tensor_cores(const Device& device, int dtype) { return device.architecture >= 80 && dtype != kFloat32; }
 
@@ -96,7 +105,8 @@ FewKernel& few_kernel(const Device& device, int dtype, std::int64_t M, std::int6
   const int index = dtype - kFloat16;
   if (blocksize_shift < 6 || K % 64) return small_blocks[index];
   if (M == 1) return one_row[index];
-  return M <= 4 ? four_rows[index] : M <= 8 ? eight_rows[index] : sixteen_rows[index];
+  if (M <= 8) return M <= 4 ? four_rows[index] : eight_rows[index];
+  return device.architecture >= 90 ? wide_sixteen_rows[index] : sixteen_rows[index];
 }
 
 // Whether the kernels for few rows take the operands: they read 16 bytes at a time.
@@ -140,6 +150,8 @@ constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
 constexpr int kFewestStages = 2;  // that are worth a block
 
 constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
+
+static_assert(many_shared_bytes(64) <= kSharedOfOrin, "64 rows of x");
 
 Kernel many32_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},
