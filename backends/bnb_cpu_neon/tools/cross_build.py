@@ -1,4 +1,7 @@
-"""Build the aarch64 wheel of bnb-cpu-neon on any machine: `python cross_build.py OUT`, in the CPython version that it is for.
+"""Build an aarch64 wheel on any machine, in the CPython version that it is for: `python cross_build.py OUT [PACKAGE [OPTION...]]`.
+
+The package is bnb-cpu-neon, or the folder of another that scikit-build-core builds; options are those of `python -m build`. Without
+`--no-isolation`, programs that the build requires would be those for aarch64.
 
 That Python needs the packages `build`, `auditwheel` and `ziglang`, and there must be a `patchelf`.
 """
@@ -16,7 +19,7 @@ TOOLS = Path(__file__).parent
 SUFFIX = ".cpython-{}{}-aarch64-linux-gnu.so".format(*sys.version_info)
 
 
-def build(out: Path) -> Path:
+def build(out: Path, package: Path = TOOLS.parent, *options: str) -> Path:
     """Build the wheel for this Python version into `out`, check that it needs no newer glibc than 2.17, and return its path."""
     environment = {
         **os.environ,
@@ -26,7 +29,7 @@ def build(out: Path) -> Path:
         "SETUPTOOLS_EXT_SUFFIX": SUFFIX,
     }
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(TOOLS.parent)]
+        command = [sys.executable, "-m", "build", "--wheel", *options, "--outdir", folder, str(package)]
         subprocess.run(command, env=environment, check=True)
         (wheel,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
@@ -38,4 +41,4 @@ def build(out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    print(build(*map(Path, sys.argv[1:3]), *sys.argv[3:]))

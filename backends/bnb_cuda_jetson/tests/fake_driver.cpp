@@ -49,7 +49,6 @@ std::vector<std::intptr_t> contexts;  // pushed; a context is its device's numbe
 extern "C" {
 
 int cuInit(unsigned) { return outcome("cuInit"); }
-int cuDriverGetVersion(int* version) { return *version = 11040, 0; }
 int cuGetErrorName(int error, const char** name) { return *name = error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER", 0; }
 int cuGetErrorString(int error, const char** text) { return *text = error == 700 ? "an illegal memory access" : "another failure", 0; }
 int cuDeviceGetCount(int* count) { return *count = static_cast<int>(capabilities().size()), 0; }

@@ -21,7 +21,6 @@ Driver load() {
   }
   Driver found{};
   find(library, "cuInit", found.init);
-  find(library, "cuDriverGetVersion", found.driver_version);
   find(library, "cuGetErrorName", found.error_name);
   find(library, "cuGetErrorString", found.error_string);
   find(library, "cuDeviceGetCount", found.device_count);

@@ -29,7 +29,6 @@ constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_
 
 struct Driver {
   CUresult (*init)(unsigned);
-  CUresult (*driver_version)(int*);
   CUresult (*error_name)(CUresult, const char**);
   CUresult (*error_string)(CUresult, const char**);
   CUresult (*device_count)(int*);
