@@ -205,10 +205,8 @@ void multiply_tile(const float *x, const float *panel, int64_t columns, float *s
         unroll<4>(add_column);
     };
     int64_t k = 0;
-    for (; k + 8 <= columns; k += 8) {
-        add_four_columns(k);
-        add_four_columns(k + 4);
-    }
+    for (; k + 16 <= columns; k += 16) unroll<4>([&](auto i) BNB_INLINE { add_four_columns(k + 4 * i); });
+    for (; k + 4 <= columns; k += 4) add_four_columns(k);
     for (; k < columns; ++k) {
         for (int n = 0; n < panel_rows; ++n) factor[n] = vdupq_n_f32(panel[n * panel_columns + k]);
         add_column(std::integral_constant<int, 0>());
