@@ -3,8 +3,8 @@
     python benchmarks/neon_instructions.py DIST [--folder FOLDER] [--cpu cortex-a76] [--without-peer]
 
 DIST holds the wheels of bnb-core, bnb-reference and bnb-cpu-neon (`nox -s neon-wheels-3.12 arm` leaves them in dist/). Needs
-Debian's qemu-user, and gcc. Counts are of whole Python calls with one thread, by element of the weight. They are exact and the same
-in every run, and stand in for time where there is no aarch64 machine; they are not cycles.
+Debian's qemu-user, and gcc. Counts are of whole Python calls with one thread, by element of the weight. They are exact, the same in
+every run, and stand in for time where there is no aarch64 machine; they are not cycles.
 """
 
 from __future__ import annotations

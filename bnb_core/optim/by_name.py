@@ -50,7 +50,7 @@ def options_for(
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
     own = {name: value for name, value in spread_betas(given, defaults, cls.in_betas).items() if name in defaults}
-    spread = ("betas",) if own.keys() & set(cls.in_betas) else ()
+    spread = ("betas",) if cls.in_betas and not any(given["betas"][len(cls.in_betas) :]) else ()
     for name, value in given.items():
         if name in own or name in spread or value in (0, None, *no_effect.get(name, ())):
             continue

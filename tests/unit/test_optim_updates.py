@@ -177,6 +177,10 @@ def test_options_without_effect_are_refused():
         Optimizer1State("lion", params, eps=0.1)
     with pytest.raises(InvalidArgumentError, match=r"Optimizer1State: betas is \(0.5, 0.0\), but Adagrad has no betas"):
         Optimizer1State("adagrad", params, betas=(0.5, 0.0))
+    with pytest.raises(InvalidArgumentError, match=r"Optimizer1State: betas is \(0.9, 0.0, 0.5\), but SGD has no betas"):
+        Optimizer1State("momentum", params, betas=(0.9, 0.0, 0.5))
+    with pytest.raises(InvalidArgumentError, match=r"Optimizer1State: betas are .*there must be 2"):
+        Optimizer1State("lion", params, betas=(0.9, 0.0, 0.5))
     with pytest.raises(InvalidArgumentError, match="Optimizer2State: t_alpha is 10, but Adam has no t_alpha"):
         Optimizer2State("adam", params, t_alpha=10)
     with pytest.raises(

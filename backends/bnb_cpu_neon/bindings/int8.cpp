@@ -13,7 +13,9 @@ void bind_int8(nb::module_ &module) {
     module.def(
         "int8_quantize_rows",
         [](DType dtype, Anything x, int64_t M, int64_t K, double threshold, Data<int8_t> codes, Data<float> absmax,
-           Data<uint8_t> outlier_mask, int threads) { int8_quantize_rows({dtype, x, M, K}, threshold, codes, absmax, outlier_mask, threads); },
+           Data<uint8_t> outlier_mask, int threads) {
+            int8_quantize_rows({dtype, x, M, K}, threshold, codes, absmax, outlier_mask, threads);
+        },
         without_gil());
     module.def(
         "int8_quantize_rows_cols",
@@ -32,8 +34,8 @@ void bind_int8(nb::module_ &module) {
         without_gil());
     module.def(
         "int8_matmul_dequant",
-        [](Data<const int32_t> product, Floats row_absmax, Floats col_absmax, std::optional<Anything> bias, int64_t M, int64_t N, DType dtype,
-           Data<void> y, int threads) {
+        [](Data<const int32_t> product, Floats row_absmax, Floats col_absmax, std::optional<Anything> bias, int64_t M, int64_t N,
+           DType dtype, Data<void> y, int threads) {
             int8_matmul_dequant(product, row_absmax, col_absmax, bias.value_or(Anything{}), M, N, dtype, y, threads);
         },
         without_gil());

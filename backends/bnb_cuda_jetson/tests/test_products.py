@@ -18,49 +18,69 @@ _native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested},
 INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
 
 
-def kernels(run, code: str, capability: int = max(ARCHITECTURES)) -> list:
-    """Return the name and the grid of each launch."""
-    return [tuple(call.split()[:2]) for call in run(code, str(capability)).calls_of("cuLaunchKernel")]
+def launches(run, *calls: str) -> list:
+    """Return the name and the grid of each launch of these calls, made in one process."""
+    return [tuple(call.split()[:2]) for call in run("".join(calls), str(max(ARCHITECTURES))).calls_of("cuLaunchKernel")]
 
 
-def gemm(run, **settings) -> list:
+def names(run, *calls: str) -> list:
+    return [name for name, _ in launches(run, *calls)]
+
+
+def gemm(**settings) -> str:
     call = {"dtype": BFLOAT16, "x": 4096, "M": 1, "packed": 8192, "blocksize": 64, "N": 256, "K": 512, "nested": 0, **settings}
-    return kernels(run, GEMM.format(**call))
+    return GEMM.format(**call)
+
+
+def int8(**settings) -> str:
+    return INT8.format(**{"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, **settings})
 
 
 @with_tensor_cores
-@pytest.mark.parametrize(
-    ("M", "kernel"),
-    [(1, "one"), (2, "rows4"), (4, "rows4"), (5, "rows8"), (8, "rows8"), (9, "rows16"), (16, "rows16")],
-)
-def test_few_rows_on_tensor_cores(run_with_driver, M, kernel):
-    assert gemm(run_with_driver, M=M)[0][0] == f"gemm_4bit_few_{kernel}_bfloat16"
-    assert gemm(run_with_driver, M=M, dtype=FLOAT16, nested=512)[0][0] == f"gemm_4bit_few_{kernel}_float16_nested"
+def test_few_rows_on_tensor_cores(run_with_driver):
+    sixteen = "wide_rows16" if max(ARCHITECTURES) >= 90 else "rows16"
+    kernels = {1: "one", 2: "rows4", 4: "rows4", 5: "rows8", 8: "rows8", 9: sixteen, 16: sixteen}
+    plain = [gemm(M=M) for M in kernels]
+    nested = [gemm(M=M, dtype=FLOAT16, nested=512) for M in kernels]
+    expected = [f"gemm_4bit_few_{kernel}_bfloat16" for kernel in kernels.values()]
+    expected += [f"gemm_4bit_few_{kernel}_float16_nested" for kernel in kernels.values()]
+    assert names(run_with_driver, *plain, *nested) == expected
 
 
 @with_tensor_cores
-@pytest.mark.parametrize("layout", [{"blocksize": 32}, {"K": 480}], ids=str)
-def test_few_rows_whose_runs_of_64_have_several_scales(run_with_driver, layout):
-    assert gemm(run_with_driver, **layout)[0][0] == "gemm_4bit_few_blocks32_bfloat16"
+def test_few_rows_whose_runs_of_64_have_several_scales(run_with_driver):
+    assert names(run_with_driver, gemm(blocksize=32), gemm(K=480)) == ["gemm_4bit_few_blocks32_bfloat16"] * 2
 
 
 def test_few_rows_of_float32_are_not_rounded(run_with_driver):
-    assert gemm(run_with_driver, dtype=FLOAT32)[0][0] == "gemm_4bit_few_scalar1_float32"
-    assert gemm(run_with_driver, dtype=FLOAT32, M=2)[0][0] == "gemm_4bit_few_scalar2_float32"
-    assert gemm(run_with_driver, dtype=FLOAT32, M=9)[0][0] == "gemm_4bit_any_float32"
+    assert names(run_with_driver, *(gemm(dtype=FLOAT32, M=M) for M in (1, 2, 9))) == [
+        "gemm_4bit_few_scalar1_float32",
+        "gemm_4bit_few_scalar2_float32",
+        "gemm_4bit_any_float32",
+    ]
 
 
-@pytest.mark.parametrize("layout", [{"K": 511}, {"K": 500}, {"packed": 8195}, {"x": 4098}], ids=str)
-def test_what_cannot_be_read_sixteen_bytes_at_a_time(run_with_driver, layout):
-    assert gemm(run_with_driver, **layout) == [("gemm_4bit_any_bfloat16", "4x1x1")]
+def test_what_cannot_be_read_sixteen_bytes_at_a_time(run_with_driver):
+    calls = gemm(K=511), gemm(K=500), gemm(packed=8195), gemm(x=4098)
+    assert launches(run_with_driver, *calls) == [("gemm_4bit_any_bfloat16", "4x1x1")] * 4
 
 
 @with_tensor_cores
 def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
-    """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has four stages of 128 columns."""
-    assert gemm(run_with_driver, M=64, K=4096) == [("gemm_4bit_many64_bfloat16", "2x1x4"), ("gemm_4bit_add_bfloat16", "16x1x1")]
-    assert gemm(run_with_driver, M=32, K=1024)[0] == ("gemm_4bit_many32_bfloat16", "2x1x2")
-    assert gemm(run_with_driver, M=65, K=512) == [("gemm_4bit_many64_bfloat16", "2x2x1")]
+    """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has two stages of 128 columns."""
+    assert launches(run_with_driver, gemm(M=64, K=4096), gemm(M=32, N=4096, K=256), gemm(M=65, N=512, K=512)) == [
+        ("gemm_4bit_many64_bfloat16", "2x1x4"),
+        ("gemm_4bit_add_bfloat16", "16x1x1"),
+        ("gemm_4bit_many32_bfloat16", "32x1x1"),
+        ("gemm_4bit_many64_bfloat16", "4x2x1"),
+    ]
+
+
+@with_tensor_cores
+def test_small_products_of_many_rows_take_the_kernels_for_few(run_with_driver):
+    (name,) = names(run_with_driver, gemm(M=32, N=256, K=512))
+    assert name.startswith("gemm_4bit_few_")
+    assert name.endswith("rows16_bfloat16")
 
 
 @with_tensor_cores
@@ -71,33 +91,27 @@ def test_scratch_holds_the_sums_of_every_part(run_with_driver):
 
 def test_rows_beyond_what_a_grid_holds_take_further_launches(run_with_driver):
     tiles = 65535
-    assert gemm(run_with_driver, M=tiles * 32 + 1, K=500, N=1) == [
+    assert launches(run_with_driver, gemm(M=tiles * 32 + 1, K=500, N=1)) == [
         ("gemm_4bit_any_bfloat16", f"1x{tiles}x1"),
         ("gemm_4bit_any_bfloat16", "1x1x1"),
     ]
 
 
-def int8(run, **settings) -> list:
-    call = {"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, **settings}
-    return [name for name, _ in kernels(run, INT8.format(**call))]
-
-
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_int8_of_few_rows_is_one_kernel(run_with_driver, threshold):
-    assert int8(run_with_driver, threshold=threshold) == ["int8_linear_one_float16"]
-    assert int8(run_with_driver, threshold=threshold, rows=4) == ["int8_linear_four_float16"]
+def test_int8_of_few_rows_is_one_kernel(run_with_driver):
+    calls = [int8(rows=rows, threshold=threshold) for rows in (1, 4) for threshold in (0.0, 6.0)]
+    assert names(run_with_driver, *calls) == ["int8_linear_one_float16"] * 2 + ["int8_linear_four_float16"] * 2
 
 
 @with_tensor_cores
 def test_int8_of_many_rows_is_quantized_first(run_with_driver):
     quantize = ["int8_inspect_columns_float16", "int8_quantize_rows_float16"]
-    assert int8(run_with_driver, rows=16) == [*quantize, "int8_linear_few_float16"]
-    assert int8(run_with_driver, rows=17) == [*quantize, "int8_linear_many_float16"]
+    expected = [*quantize, "int8_linear_few_float16", *quantize, "int8_linear_many_float16"]
+    assert names(run_with_driver, int8(rows=16), int8(rows=17)) == expected
 
 
-@pytest.mark.parametrize("layout", [{"K": 511}, {"codes": 12290}], ids=str)
-def test_int8_of_any_layout(run_with_driver, layout):
-    assert int8(run_with_driver, **layout) == ["int8_quantize_rows_float16", "int8_linear_any_float16"]
+def test_int8_of_any_layout(run_with_driver):
+    expected = ["int8_quantize_rows_float16", "int8_linear_any_float16"] * 2
+    assert names(run_with_driver, int8(K=511), int8(codes=12290)) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------------- panels
@@ -123,7 +137,8 @@ def device(request, monkeypatch):
 
 @pytest.mark.parametrize("device", [H200], indirect=True)
 @pytest.mark.parametrize(
-    ("N", "K", "fused_up_to", "panels_from"), [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (1024, 4096, 64, 256)]
+    ("N", "K", "fused_up_to", "panels_from"),
+    [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (2048, 8192, 64, 128), (8192, 2048, 64, 256)],
 )
 def test_panels_are_chosen_where_they_were_measured_to_be_faster(device, N, K, fused_up_to, panels_from):
     assert panels.panel_size(0, fused_up_to, N, K, 64, False) == 0

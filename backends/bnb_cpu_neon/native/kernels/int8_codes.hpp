@@ -37,11 +37,11 @@ class OutlierTest {
 
 constexpr int64_t int8_step = 16;
 
-/// The codes of 16 values, NaN's being 0, each group of four with its own scales.
+/// The codes of 16 values, NaN's being 0.
 template <class T>
-inline int8x16_t int8_codes(const T *x, float32x4_t scale0, float32x4_t scale1, float32x4_t scale2, float32x4_t scale3) {
-    const int32x4_t c0 = nearest_integers(vmulq_f32(load4(x), scale0)), c1 = nearest_integers(vmulq_f32(load4(x + 4), scale1));
-    const int32x4_t c2 = nearest_integers(vmulq_f32(load4(x + 8), scale2)), c3 = nearest_integers(vmulq_f32(load4(x + 12), scale3));
+inline int8x16_t int8_codes(const T *x, float scale) {
+    const int32x4_t c0 = nearest_integers(vmulq_n_f32(load4(x), scale)), c1 = nearest_integers(vmulq_n_f32(load4(x + 4), scale));
+    const int32x4_t c2 = nearest_integers(vmulq_n_f32(load4(x + 8), scale)), c3 = nearest_integers(vmulq_n_f32(load4(x + 12), scale));
     const int16x8_t low = vcombine_s16(vqmovn_s32(c0), vqmovn_s32(c1)), high = vcombine_s16(vqmovn_s32(c2), vqmovn_s32(c3));
     return vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
 }
@@ -73,9 +73,9 @@ inline float int8_row_absmax(const T *x, int64_t K, const OutlierTest &outliers)
 template <class T>
 inline float int8_quantize_row(const T *x, int64_t K, const OutlierTest &outliers, const uint8_t *outlier_mask, int8_t *codes) {
     const float absmax = int8_row_absmax(x, K, outliers);
-    const float32x4_t scale = vdupq_n_f32(int8_scale(absmax));
+    const float scale = int8_scale(absmax);
     for_row(x, K, [&](const T *part, int64_t k, int64_t count) {
-        int8x16_t found = int8_codes(part, scale, scale, scale, scale);
+        int8x16_t found = int8_codes(part, scale);
         if (count == int8_step) {
             if (outliers.any()) found = vandq_s8(found, vreinterpretq_s8_u8(vceqq_u8(vld1q_u8(outlier_mask + k), vdupq_n_u8(0))));
             vst1q_s8(codes + k, found);
@@ -88,9 +88,10 @@ inline float int8_quantize_row(const T *x, int64_t K, const OutlierTest &outlier
     return absmax;
 }
 
-/// Fills outlier_mask for the columns in [begin, end), which may be fewer than 16 only at the end of the rows.
+/// Fills outlier_mask for the columns in [begin, end).
 template <class T>
-inline void int8_find_outliers(const T *x, int64_t M, int64_t K, const OutlierTest &outliers, int64_t begin, int64_t end, uint8_t *outlier_mask) {
+inline void int8_find_outliers(
+    const T *x, int64_t M, int64_t K, const OutlierTest &outliers, int64_t begin, int64_t end, uint8_t *outlier_mask) {
     int64_t k = begin;
     for (; k + 4 <= end; k += 4) {
         uint32x4_t reached = vdupq_n_u32(0);

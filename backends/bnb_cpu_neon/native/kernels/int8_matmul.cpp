@@ -67,11 +67,12 @@ void int8_matmul(const int8_t *a, const int8_t *b, int64_t M, int64_t N, int64_t
         });
         int32_t *out = product + first * N;
         parallel_for(threads, N, int8::grain_of_rows(rows, K), [&](int64_t from, int64_t to) {
-            int8::for_products(left, rows, b, K, from, to, [&](int64_t begin, int64_t end, int64_t n, int64_t count, const int32_t(*sums)[8]) {
+            const auto copy = [&](int64_t begin, int64_t end, int64_t n, int64_t count, const int32_t(*sums)[int8::tile_size]) {
                 for (int64_t m = begin; m < end; ++m) {
                     std::memcpy(out + m * N + n, sums[m - begin], static_cast<std::size_t>(count) * sizeof(int32_t));
                 }
-            });
+            };
+            int8::for_products(left, rows, b, K, from, to, copy);
         });
     }
 }

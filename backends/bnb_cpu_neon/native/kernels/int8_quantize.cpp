@@ -15,7 +15,8 @@ int64_t grain_of(int64_t elements_each) { return std::max<int64_t>(1, grain / el
 
 /// Fills what concerns single columns, [begin, end): absmax and codes.
 template <class T>
-void quantize_columns(const T *x, int64_t M, int64_t K, const OutlierTest &outliers, int64_t begin, int64_t end, int8_t *codes, float *absmax) {
+void quantize_columns(
+    const T *x, int64_t M, int64_t K, const OutlierTest &outliers, int64_t begin, int64_t end, int8_t *codes, float *absmax) {
     for (int64_t k = begin; k < end; k += 4) {
         // Columns beyond the end are read as zeros.
         const int64_t count = std::min<int64_t>(4, end - k);

@@ -101,10 +101,10 @@ struct Chunk {
     int64_t n, padded;
     float *param;
     const float *grad;
-    float *states[most_states];  ///< null if there is none
-    float scales[most_states];   ///< of the states, until the rule is applied
+    float *states[most_states];      ///< null if there is none
+    float scales[most_states];       ///< of the states, until the rule is applied
     float absmax[most_states] = {};  ///< of the states, after the rule
-    bool some_left_alone;        ///< the step does not change every element
+    bool some_left_alone;            ///< the step does not change every element
     bool left_alone[chunk_size];
     float copies[2 + most_states][chunk_size];
 
@@ -220,10 +220,14 @@ class Step {
         return copy;
     }
 
-    void prepare_gradient(Chunk &chunk) const {
+    BNB_INLINE void prepare_gradient(Chunk &chunk) const {
         chunk.some_left_alone = h_.skip_zeros || !all_finite(chunk.grad, chunk.padded);
         const bool coupled_decay = h_.weight_decay != 0 && !h_.decoupled_weight_decay;
-        if (!chunk.some_left_alone && !coupled_decay && h_.gnorm_scale == 1) return;
+        if (chunk.some_left_alone || coupled_decay || h_.gnorm_scale != 1) change_gradient(coupled_decay, chunk);
+    }
+
+    /// Scales the gradient, adds the decay that is coupled to it, and finds out which elements are to be left alone.
+    __attribute__((noinline)) void change_gradient(bool coupled_decay, Chunk &chunk) const {
         const float scale = static_cast<float>(h_.gnorm_scale), decay = coupled_decay ? static_cast<float>(h_.weight_decay) : 0.0f;
         float *prepared = chunk.copies[1];
         for (int64_t i = 0; i < chunk.padded; ++i) {
@@ -234,14 +238,19 @@ class Step {
         chunk.grad = prepared;
     }
 
-    /// Applies the rule to a chunk, and puts back what is to be left alone.
-    void apply(float decay, double factor, Chunk &chunk) const {
+    /// Applies the rule to a chunk.
+    BNB_INLINE void apply(float decay, double factor, Chunk &chunk) const {
         const float rounded = static_cast<float>(factor);
         if (!States::in_place && !chunk.some_left_alone && chunk.n % 16 == 0) {
             rule_.apply_scaled(
                 coefficients_, decay, rounded, chunk.param, chunk.grad, chunk.states, chunk.scales, chunk.absmax, chunk.n);
-            return;
+        } else {
+            apply_and_restore(decay, rounded, chunk);
         }
+    }
+
+    /// The same for chunks of any length, and puts back what is to be left alone.
+    __attribute__((noinline)) void apply_and_restore(float decay, float factor, Chunk &chunk) const {
         float *const changed[] = {chunk.param, chunk.states[0], chunk.states[1], chunk.states[2]};
         float before[1 + most_states][chunk_size];
         for (std::size_t i = 0; i <= most_states; ++i) {
@@ -250,7 +259,7 @@ class Step {
             }
             if (chunk.some_left_alone && changed[i]) std::copy_n(changed[i], chunk.n, before[i]);
         }
-        rule_.apply(coefficients_, decay, rounded, chunk.param, chunk.grad, chunk.states, chunk.padded);
+        rule_.apply(coefficients_, decay, factor, chunk.param, chunk.grad, chunk.states, chunk.padded);
         for (std::size_t i = 0; i <= most_states; ++i) {
             for (int64_t at = 0; chunk.some_left_alone && changed[i] && at < chunk.n; ++at) {
                 if (chunk.left_alone[at]) changed[i][at] = before[i][at];

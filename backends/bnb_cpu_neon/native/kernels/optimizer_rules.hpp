@@ -18,7 +18,8 @@ struct Coefficients {
 /// An update rule for n elements: param = param * decay - factor * direction. The states are updated in place.
 struct UpdateRule {
     /// For n that is a multiple of 8.
-    void (*apply)(const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, float *const *states, int64_t n);
+    void (*apply)(
+        const Coefficients &coefficients, float decay, float factor, float *param, const float *grad, float *const *states, int64_t n);
     /// For states that are to be multiplied by a scale each; fills `absmax` with their largest magnitudes after the step, or NaN. n is
     /// a multiple of 16.
     void (*apply_scaled)(

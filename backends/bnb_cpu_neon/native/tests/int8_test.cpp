@@ -137,7 +137,8 @@ TEST(int8_quantize_of_every_number_of_columns) {
                 CHECK(col_absmax[k] == largest || (std::isnan(col_absmax[k]) && std::isnan(largest)));
                 for (std::size_t m = 0; m < M; ++m) {
                     const float value = x[m * columns + k];
-                    const float by_row = std::nearbyint(value * (127.0f / row_absmax[m])), by_col = std::nearbyint(value * (127.0f / largest));
+                    const float by_row = std::nearbyint(value * (127.0f / row_absmax[m]));
+                    const float by_col = std::nearbyint(value * (127.0f / largest));
                     CHECK(row_codes[m * columns + k] == (reached || std::isnan(by_row) ? 0 : static_cast<int>(by_row)));
                     CHECK(col_codes[m * columns + k] == (!is_regular(value) || std::isnan(by_col) ? 0 : static_cast<int>(by_col)));
                 }

@@ -453,28 +453,32 @@ __device__ void multiply_few(typename Dot::T* y, const typename Dot::T* x, const
 }
 
 // Shared memory and blocks of threads of each kernel: native/host/gemm_4bit.cpp has the same numbers.
-#define FEW(name, T, warps, nested, ...)                                                                       \
-  extern "C" __global__ void __launch_bounds__(32 * (warps), 1)                                                \
+#define FEW(name, T, warps, blocks, nested, ...)                                                               \
+  extern "C" __global__ void __launch_bounds__(32 * (warps), blocks)                                           \
       gemm_4bit_few_##name(T* y, const T* x, Weight4bit weight, const T* bias, int64 M, int split_shift) {     \
     multiply_few<__VA_ARGS__, warps, nested>(y, x, weight, bias, M, split_shift);                              \
   }
-#define PLAIN_AND_NESTED(name, T, plain_warps, nested_warps, ...) \
-  FEW(name, T, plain_warps, false, __VA_ARGS__) FEW(name##_nested, T, nested_warps, true, __VA_ARGS__)
-#define SCALAR(name, T)                                        \
-  PLAIN_AND_NESTED(scalar1_##name, T, 12, 12, ScalarDot<T, 1>) \
-  PLAIN_AND_NESTED(scalar2_##name, T, 12, 12, ScalarDot<T, 2>)
+#define PLAIN_AND_NESTED(name, T, plain_warps, nested_warps, blocks, ...) \
+  FEW(name, T, plain_warps, blocks, false, __VA_ARGS__) FEW(name##_nested, T, nested_warps, blocks, true, __VA_ARGS__)
+#define SCALAR(name, T)                                         \
+  PLAIN_AND_NESTED(scalar1_##name, T, 8, 8, 2, ScalarDot<T, 1>) \
+  PLAIN_AND_NESTED(scalar2_##name, T, 8, 8, 1, ScalarDot<T, 2>)
 
 SCALAR(float32, float)
 #if __CUDA_ARCH__ >= 800
-#define TENSOR(name, T)                                             \
-  PLAIN_AND_NESTED(one_##name, T, 16, 12, OneRowDot<T, 64>)         \
-  PLAIN_AND_NESTED(rows4_##name, T, 16, 16, RowsDot<T, 32, 2, 1>)   \
-  PLAIN_AND_NESTED(rows8_##name, T, 16, 16, RowsDot<T, 16, 1, 1>)   \
-  PLAIN_AND_NESTED(rows16_##name, T, 16, 12, RowsDot<T, 16, 1, 2>)  \
-  PLAIN_AND_NESTED(blocks32_##name, T, 12, 12, RowsDot<T, 32, 4, 1>)
+#define TENSOR(name, T)                                                \
+  PLAIN_AND_NESTED(one_##name, T, 16, 12, 1, OneRowDot<T, 64>)         \
+  PLAIN_AND_NESTED(rows4_##name, T, 16, 16, 1, RowsDot<T, 32, 2, 1>)   \
+  PLAIN_AND_NESTED(rows8_##name, T, 16, 16, 1, RowsDot<T, 16, 1, 1>)   \
+  PLAIN_AND_NESTED(rows16_##name, T, 12, 12, 1, RowsDot<T, 16, 1, 2>)  \
+  PLAIN_AND_NESTED(blocks32_##name, T, 12, 12, 1, RowsDot<T, 32, 4, 1>)
 TENSOR(float16, __half)
 TENSOR(bfloat16, __nv_bfloat16)
 #else
 SCALAR(float16, __half)
 SCALAR(bfloat16, __nv_bfloat16)
+#endif
+#if __CUDA_ARCH__ >= 900  // where a block may have more shared memory
+PLAIN_AND_NESTED(wide_rows16_float16, __half, 16, 12, 1, RowsDot<__half, 16, 1, 2>)
+PLAIN_AND_NESTED(wide_rows16_bfloat16, __nv_bfloat16, 16, 12, 1, RowsDot<__nv_bfloat16, 16, 1, 2>)
 #endif

@@ -9,12 +9,12 @@
 #include "pair_table.cuh"
 #include "weight_4bit.cuh"
 
+#if __CUDA_ARCH__ >= 800
 constexpr int kThreads = 512;
 constexpr int kRows = 128;  // of W
 constexpr int kDepth = 128;
 constexpr int kStages = 4;
 
-#if __CUDA_ARCH__ >= 800
 template <class T, int kTokens>
 struct Stage {
   uint8 codes[kRows][kDepth / 2];

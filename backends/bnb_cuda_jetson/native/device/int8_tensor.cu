@@ -6,13 +6,13 @@
 #include "int8_linear.cuh"
 #include "mma.cuh"
 
+#if __CUDA_ARCH__ >= 800
 constexpr int kThreads = 256;
 constexpr int kDepth = 128;  // codes of a line that are multiplied at a time
 constexpr int kStages = 3;
 
 extern __shared__ uint4 shared[];
 
-#if __CUDA_ARCH__ >= 800
 // Lines of 128 codes. In odd ones the halves are exchanged, so that lanes that read two lines meet in no bank.
 __device__ inline uint4* chunk(uint4* lines, int line, int number) { return lines + line * (kDepth / 16) + (number ^ line % 2 * 4); }
 

@@ -65,6 +65,10 @@ struct FewKernel {
         nested("gemm_4bit_few", nested_name, 32 * nested_warps, shared_bytes(table_words, tokens, scale_run, nested_warps, true)) {}
 };
 
+// What a block may have, on Xavier and on Orin.
+constexpr unsigned kSharedOfXavier = 96 * 1024;
+constexpr unsigned kSharedOfOrin = 163 * 1024;
+
 constexpr unsigned kPairTable = 256 * 32;
 constexpr unsigned kValueTable = 16 * 32;
 
@@ -77,17 +81,22 @@ constexpr unsigned kValueTable = 16 * 32;
 FewKernel one_row[2] = BNB_SIXTEEN_BITS("one", 1, 64, 16, 12);
 FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
 FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
-FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 16, 12);
+FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 12, 12);
+FewKernel wide_sixteen_rows[2] = BNB_SIXTEEN_BITS("wide_rows16", 16, 64, 16, 12);  // from sm_90 on
 FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
+static_assert(FewKernel::shared_bytes(kPairTable, 1, 64, 16, false) <= kSharedOfOrin, "one row");
+static_assert(FewKernel::shared_bytes(kPairTable, 8, 64, 16, true) <= kSharedOfOrin, "eight rows");
+static_assert(FewKernel::shared_bytes(kPairTable, 16, 64, 12, true) <= kSharedOfOrin, "sixteen rows");
 
 // Of float32, and before sm_80 of all three.
 #define BNB_SCALAR(name, tokens)                                                                                            \
   {                                                                                                                         \
-    BNB_FEW(name "_float32", kValueTable, tokens, 32, 12, 12), BNB_FEW(name "_float16", kValueTable, tokens, 32, 12, 12),   \
-        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 12, 12)                                                          \
+    BNB_FEW(name "_float32", kValueTable, tokens, 32, 8, 8), BNB_FEW(name "_float16", kValueTable, tokens, 32, 8, 8),   \
+        BNB_FEW(name "_bfloat16", kValueTable, tokens, 32, 8, 8)                                                          \
   }
 FewKernel scalar_one[kDtypes] = BNB_SCALAR("scalar1", 1);
 FewKernel scalar_two[kDtypes] = BNB_SCALAR("scalar2", 2);
+static_assert(FewKernel::shared_bytes(kValueTable, 2, 32, 8, true) <= kSharedOfXavier, "two rows, without tensor cores");
 
 bool has_tensor_cores(const Device& device, int dtype) { return device.architecture >= 80 && dtype != kFloat32; }
 
@@ -96,7 +105,8 @@ FewKernel& few_kernel(const Device& device, int dtype, std::int64_t M, std::int6
   const int index = dtype - kFloat16;
   if (blocksize_shift < 6 || K % 64) return small_blocks[index];
   if (M == 1) return one_row[index];
-  return M <= 4 ? four_rows[index] : M <= 8 ? eight_rows[index] : sixteen_rows[index];
+  if (M <= 8) return M <= 4 ? four_rows[index] : eight_rows[index];
+  return device.architecture >= 90 ? wide_sixteen_rows[index] : sixteen_rows[index];
 }
 
 // Whether the kernels for few rows take the operands: they read 16 bytes at a time.
@@ -137,9 +147,11 @@ void multiply_few(const Call& call, int dtype, Address out, Address x, const Wei
 // The kernels of gemm_4bit_many.cu, of float16 and bfloat16 from sm_80 on.
 constexpr int kManyRows = 128;    // of W that a block multiplies
 constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
-constexpr int kFewestStages = 4;  // that are worth a block
+constexpr int kFewestStages = 2;  // that are worth a block
 
 constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
+
+static_assert(many_shared_bytes(64) <= kSharedOfOrin, "64 rows of x");
 
 Kernel many32_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},
@@ -169,13 +181,17 @@ Cut cut_many(const Device& device, std::int64_t M, std::int64_t N, std::int64_t 
   return {tokens, static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
 
-bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t K, std::int64_t blocksize) {
-  return has_tensor_cores(device, dtype) && M > 16 && K % 64 == 0 && blocksize >= 64;
+// Products of a multiprocessor up to which several passes of the kernels for few rows are faster: those for many take longer to start.
+constexpr double kSmallProduct = 1.2e6;
+
+bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
+  const bool small = static_cast<double>(M) * N * K <= kSmallProduct * device.multiprocessors;
+  return has_tensor_cores(device, dtype) && M > 16 && !small && K % 64 == 0 && blocksize >= 64;
 }
 
 // Bytes of scratch memory for a call, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
-  if (!takes_many(device(ordinal), dtype, M, K, blocksize)) return 0;
+  if (!takes_many(device(ordinal), dtype, M, N, K, blocksize)) return 0;
   const Cut cut = cut_many(device(ordinal), M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
@@ -207,7 +223,7 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
   Call call("gemm_4bit", device, stream);
   Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
                     exact_log2(blocksize)};
-  if (fits_few(weight, x) && takes_many(call.device, dtype, M, K, blocksize)) {
+  if (fits_few(weight, x) && takes_many(call.device, dtype, M, N, K, blocksize)) {
     multiply_many(call, dtype, out, x, weight, bias, M, scratch);
     return;
   }

@@ -22,9 +22,12 @@ FEWEST_ROWS = 64
 #: Floating-point operations that a multiprocessor does in a clock in torch's product, about two thirds of the tensor cores' best,
 #: by compute capability; the next lower one counts.
 _LIBRARY_RATES = {80: 1400.0, 90: 2700.0}
-#: The same of the kernels that multiply by the codes: shared memory bounds them, which is as wide everywhere. Measured on sm_90.
-_FUSED_RATE = 520.0
-#: The same of the kernels for any shape, in float32.
+#: Clocks that a block of native/device/gemm_4bit_many.cu takes for a stage of 128 columns and 64 rows of x. Shared memory bounds
+#: it, which is as wide everywhere; measured on sm_90. Also rows and columns of its tiles, and the fewest stages of a block.
+_STAGE_CLOCKS, _BLOCK_ROWS, _TOKENS, _DEPTH, _FEWEST_STAGES = 3400.0, 128, 64, 128, 2
+#: Clocks that native/device/gemm_4bit_few.cu takes for 16 rows of x: for a start, and for each element of W on a multiprocessor.
+_FEW_ROWS, _FEW_START, _FEW_ELEMENT = 16, 1800.0, 0.08
+#: Floating-point operations in a clock of the kernels for any shape, in float32.
 _SCALAR_RATE = 60.0
 #: Share of the memory's nominal speed that is reached, and microseconds that a launch takes after another.
 _MEMORY_SHARE = 0.85
@@ -39,21 +42,30 @@ class Costs:
     """
 
     def __init__(self, device: Any) -> None:
-        clocks = device.multiprocessors * device.clock_kilohertz / 1e3  # of all multiprocessors, in a microsecond
+        self._clock = device.clock_kilohertz / 1e3  # in a microsecond
+        self._multiprocessors = device.multiprocessors
+        clocks = device.multiprocessors * self._clock
         self._bytes = 2 * device.memory_clock_kilohertz / 1e3 * device.memory_bus_bits / 8 * _MEMORY_SHARE
         known = [capability for capability in _LIBRARY_RATES if capability <= device.compute_capability]
         self._library = clocks * _LIBRARY_RATES[max(known, default=min(_LIBRARY_RATES))]
-        self._fused = clocks * _FUSED_RATE
         self._scalar = clocks * _SCALAR_RATE
 
     def by_panels(self, M: int, N: int, K: int) -> float:
-        """Estimate a product by way of panels: codes are read, values written and read, and multiplied."""
+        """Estimate a product by way of panels.
+
+        Of each element half a byte is read and two are written, of which three quarters are read again from beyond the caches.
+        """
         panels = -(-N * K * 2 // PANEL_BYTES)
-        return 2 * panels * _LAUNCH + N * K * (0.5 + 2 + 2) / self._bytes + 2 * M * N * K / self._library
+        return 2 * panels * _LAUNCH + N * K * 4 / self._bytes + 2 * M * N * K / self._library
 
     def fused(self, M: int, N: int, K: int) -> float:
-        """Estimate a product by the codes themselves."""
-        return _LAUNCH + max(N * K * 0.5 / self._bytes, 2 * M * N * K / self._fused)
+        """Estimate a product by the codes themselves: by the kernel for many rows of x, or several times by that for few."""
+        blocks, stages = -(-N // _BLOCK_ROWS) * -(-M // _TOKENS), -(-K // _DEPTH)
+        parts = max(1, min(self._multiprocessors // blocks, stages // _FEWEST_STAGES))
+        waves = -(-blocks * parts // self._multiprocessors)
+        many = waves * -(-stages // parts) * _STAGE_CLOCKS / self._clock + (_LAUNCH if parts > 1 else 0)
+        few = -(-M // _FEW_ROWS) * (_FEW_START + N * K / self._multiprocessors * _FEW_ELEMENT) / self._clock
+        return _LAUNCH + min(many, few)
 
     def scalar(self, M: int, N: int, K: int) -> float:
         """Estimate a product by the kernels for any shape."""
