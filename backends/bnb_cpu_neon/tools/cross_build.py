@@ -9,6 +9,7 @@ That Python needs the packages `build`, `auditwheel` and `ziglang`, and there mu
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,16 @@ from pathlib import Path
 TOOLS = Path(__file__).parent
 #: A shared library's suffix, by which the build knows what it is built for.
 SUFFIX = ".cpython-{}{}-aarch64-linux-gnu.so".format(*sys.version_info)
+#: The newest glibc 2.x that a wheel may need: that of JetPack 5.
+NEWEST_GLIBC = 31
 
 
 def build(out: Path, package: Path = TOOLS.parent, *options: str) -> Path:
-    """Build the wheel for this Python version into `out`, check that it needs no newer glibc than 2.17, and return its path."""
+    """Build the wheel for this Python version into `out`, tag it by the glibc that it needs, and return its path.
+
+    Raises:
+        SystemExit: it needs a newer glibc than the oldest Jetson has.
+    """
     environment = {
         **os.environ,
         "CMAKE_TOOLCHAIN_FILE": str(TOOLS / "aarch64-zig.cmake"),
@@ -34,9 +41,12 @@ def build(out: Path, package: Path = TOOLS.parent, *options: str) -> Path:
         (wheel,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         before = set(out.glob("*.whl"))
-        repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "manylinux2014_aarch64", "--wheel-dir", str(out)]
+        repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--wheel-dir", str(out)]
         subprocess.run([*repair, str(wheel)], check=True)
         (repaired,) = set(out.glob("*.whl")) - before
+    (glibc,) = re.findall(r"manylinux_2_(\d+)_", repaired.name)
+    if int(glibc) > NEWEST_GLIBC:
+        raise SystemExit(f"{repaired.name} needs glibc 2.{glibc}; it must run with 2.{NEWEST_GLIBC}")
     return repaired
 
 
