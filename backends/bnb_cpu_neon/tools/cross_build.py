@@ -18,8 +18,8 @@ from pathlib import Path
 TOOLS = Path(__file__).parent
 #: A shared library's suffix, by which the build knows what it is built for.
 SUFFIX = ".cpython-{}{}-aarch64-linux-gnu.so".format(*sys.version_info)
-#: The newest glibc 2.x that a wheel may need: that of JetPack 5.
-NEWEST_GLIBC = 31
+#: The newest glibc 2.x that a wheel may need: that of manylinux2014, which every Jetson has.
+NEWEST_GLIBC = 17
 
 
 def build(out: Path, package: Path = TOOLS.parent, *options: str) -> Path:
