@@ -2,7 +2,6 @@
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER ${CMAKE_CURRENT_LIST_DIR}/zig-c++)
-set(CMAKE_CXX_COMPILER_TARGET aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 # The headers of the Python that builds serve: they are the same on every Linux. `headers/` has what they ask of old systems.
 include_directories(SYSTEM ${CMAKE_CURRENT_LIST_DIR}/headers)
