@@ -74,7 +74,7 @@ class EmulatedArm:
     def install(self, *packages: str) -> None:
         """Install wheels or packages, without their dependencies, in place of what is there of them."""
         tag = "cp" + self.release.python.replace(".", "")
-        platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux2014", "manylinux_2_17")]
+        platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_24", "manylinux2014", "manylinux_2_17")]
         abis = [f"--abi={abi}" for abi in (tag, "abi3", "none")]
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--only-binary=:all:"]
         target = [f"--target={self.site}", "--implementation=cp", f"--python-version={self.release.python}"]
