@@ -74,7 +74,8 @@ class EmulatedArm:
     def install(self, *packages: str) -> None:
         """Install wheels or packages, without their dependencies, in place of what is there of them."""
         tag = "cp" + self.release.python.replace(".", "")
-        platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_24", "manylinux2014", "manylinux_2_17")]
+        systems = ("manylinux_2_28", "manylinux_2_24", "manylinux2014", "manylinux_2_17")
+        platforms = [f"--platform={system}_aarch64" for system in systems]
         abis = [f"--abi={abi}" for abi in (tag, "abi3", "none")]
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--only-binary=:all:"]
         target = [f"--target={self.site}", "--implementation=cp", f"--python-version={self.release.python}"]
@@ -124,7 +125,10 @@ class EmulatedArm:
         for part in ("lists/partial", "archives/partial", "etc"):
             (apt / part).mkdir(parents=True, exist_ok=True)
         (apt / "status").touch()
-        (apt / "etc/sources.list").write_text(f"deb http://deb.debian.org/debian {self.release.suite} main\n")
+        # From where this machine's own packages come.
+        targets = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Component: main"]
+        mirror = subprocess.run(targets, stdout=subprocess.PIPE, check=True, text=True).stdout.split()[0]
+        (apt / "etc/sources.list").write_text(f"deb {mirror} {self.release.suite} main\n")
         options = {
             "APT::Architecture": "arm64",
             "APT::Architectures": "arm64",
