@@ -239,18 +239,18 @@ class Optimizer(torch.optim.Optimizer):
             self._check_capturable()
         for group in self.param_groups:
             _keep_lr_on_device(group)
-        calls = self._plan.calls(self) if self._plan is not None else None
-        if calls is None:
+        plan = self._plan
+        calls = plan.calls(self) if plan is not None else None
+        if plan is None or calls is None:
             if capturing:
                 raise CaptureError(
                     f"{type(self).__name__}.step: its states would be made within the graph, and anew at each replay; "
                     "take a step before the capture, with gradients for the same parameters"
                 )
-            self._plan = self._make_plan()
-            calls = self._plan.calls(self)
-        assert self._plan is not None
-        assert calls is not None
-        for step in self._plan.steps:
+            plan = self._plan = self._make_plan()
+            calls = plan.calls(self)
+            assert calls is not None
+        for step in plan.steps:
             step.add_(1.0)
         for call in calls:
             call.run(self.rules.algorithm)

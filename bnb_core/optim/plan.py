@@ -109,7 +109,7 @@ class Plan:
         manager = GlobalOptimManager.get_instance()
         self._changes = manager.changes
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._capturable = [group["capturable"] for group in optimizer.param_groups]
+        self._capturable = [bool(group["capturable"]) for group in optimizer.param_groups]
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
         self._idle = [param.grad is None for param in self._params]
         self._sharded = any(map(is_sharded, self._params))
@@ -136,7 +136,7 @@ class Plan:
             self._sizes != [len(group["params"]) for group in optimizer.param_groups]
             or not all(map(is_, params, self._params))
             or self._idle != [grad is None for grad in grads]
-            or self._capturable != [group["capturable"] for group in optimizer.param_groups]
+            or self._capturable != [bool(group["capturable"]) for group in optimizer.param_groups]
             or self._changes != GlobalOptimManager.get_instance().changes
             or not all(map(is_, map(optimizer.state.get, self._active), self._states))
             or not all(bucket.is_current() for bucket in self._buckets)
