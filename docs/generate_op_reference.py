@@ -31,8 +31,8 @@ those that only shape the output, and fill `out`: a tensor, or a tuple of tensor
 - An eager backward runs on the backends of its forward. A compiled, exported or traced graph chooses whenever it runs.
 - `torch.func.grad` and its like work on eager calls, and vmap on compiled ones too. Within a compiled function `torch.func.grad`
   raises before torch 2.15: `torch.library.register_autograd`, by which the ops of graphs have derivatives, made of them an
-  `autograd.Function` without the `setup_context` that function transforms ask for. Ordinary `backward()` and `torch.autograd.grad` around a compiled
-  function work."""
+  `autograd.Function` without the `setup_context` that function transforms ask for. Ordinary `backward()` and
+  `torch.autograd.grad` around a compiled function work."""
 
 CONTRACTS = {
     "exact": "exact, to the bit",
