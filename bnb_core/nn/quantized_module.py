@@ -114,6 +114,9 @@ class QuantizedModule(torch.nn.Module):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
+        hooks = self._load_state_dict_pre_hooks
+        for hook in hooks.values():  # which may rename entries, or load them in their own way
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         assign = local_metadata.get("assign_to_params_buffers", False)
         missing: List[str] = []
@@ -129,7 +132,11 @@ class QuantizedModule(torch.nn.Module):
         rest = {prefix + name: value for name, value in entries.items() if name not in done}
         if was_meta and not self.weight.is_meta:
             self._bring_along(rest, prefix)
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._load_state_dict_pre_hooks = type(hooks)()  # they have run
+        try:
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
         if "weight" in done and strict:
             missing_keys.remove(f"{prefix}weight")
         missing_keys.extend(prefix + name for name in missing)
