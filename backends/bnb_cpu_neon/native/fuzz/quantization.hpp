@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "elements.hpp"
 
@@ -21,29 +22,29 @@
         }                                                                                     \
     } while (0)
 
-/// Arguments of a quantizer: a dtype, a blocksize, a codebook and values of any bits. Every buffer is as large as it must be and
-/// no larger, so that the address sanitizer sees whoever leaves it.
+/// Arguments of a quantizer: a dtype, a blocksize, a codebook and values. Every buffer is as large as it must be and no larger, so
+/// that the address sanitizer sees whoever leaves it.
 template <std::size_t entries>
 class Arguments {
   public:
     Arguments(const uint8_t *bytes, std::size_t size) : bytes_(bytes), left_(size) {
-        dtype = static_cast<bnb::DType>(byte() % 3);
+        const uint8_t kinds = byte();
+        dtype = static_cast<bnb::DType>(kinds % 3);
         blocksize_byte = byte();
-        read_codebook();
-        element_size = dtype == bnb::DType::float32 ? 4 : 2;
-        n = static_cast<int64_t>(left_ / element_size);
-        const std::size_t used = static_cast<std::size_t>(n) * element_size;
-        values_.reset(new uint8_t[used]);
-        if (used) std::memcpy(values_.get(), bytes_, used);
+        read_codebook(kinds / 3 % 4);
+        bnb::with_type(dtype, [&](auto element) {
+            if (kinds / 12 % 2) {
+                read_values<decltype(element)>();
+            } else {
+                make_values<decltype(element)>();
+            }
+        });
     }
 
     const void *values() const { return values_.get(); }
 
     float value(int64_t i) const {
-        return bnb::with_type(dtype, [&](auto element) {
-            std::memcpy(&element, values_.get() + static_cast<std::size_t>(i) * element_size, sizeof element);
-            return bnb::load1(&element);
-        });
+        return bnb::with_type(dtype, [&](auto element) { return bnb::load1(reinterpret_cast<const decltype(element) *>(values_.get()) + i); });
     }
 
     /// Whether the definition says what codes there are: it orders entries, which NaN have no place in.
@@ -54,24 +55,66 @@ class Arguments {
     bnb::DType dtype;
     uint8_t blocksize_byte;  ///< from which the target makes a blocksize
     int64_t n;
-    std::size_t element_size;
     std::unique_ptr<float[]> codebook{new float[entries]};
 
   private:
     uint8_t byte() { return left_ ? --left_, *bytes_++ : uint8_t{0}; }
 
-    /// Entries in equal steps, which leaves most of the input to the values; or any numbers of such steps, so that entries repeat
-    /// and values lie on their midpoints; or any bits.
-    void read_codebook() {
-        const uint8_t kind = byte() % 4;
+    uint32_t word() { return uint32_t{byte()} << 24 | uint32_t{byte()} << 16 | uint32_t{byte()} << 8 | byte(); }
+
+    void read_codebook(int kind) {
+        const uint32_t first = kind == 1 ? word() : 0, stride = kind == 1 ? word() >> byte() % 32 : 0;
         for (std::size_t i = 0; i < entries; ++i) {
-            if (kind == 0) {
-                const uint32_t bits = uint32_t{byte()} << 24 | uint32_t{byte()} << 16 | uint32_t{byte()} << 8 | byte();
-                std::memcpy(&codebook[i], &bits, sizeof bits);
-            } else {
-                const int step = kind == 1 ? static_cast<int8_t>(byte()) : static_cast<int>(i * 256 / entries) - 127;
-                codebook[i] = static_cast<float>(step) / 128;
+            switch (kind) {
+                case 0:  // any bits
+                    codebook[i] = from_bits(word());
+                    break;
+                case 1:  // bits at equal distances, near or far
+                    codebook[i] = from_bits(first + static_cast<uint32_t>(i) * stride);
+                    break;
+                case 2:  // numbers of equal steps, in any order, repeated or not: their midpoints are exact in every dtype
+                    codebook[i] = static_cast<float>(static_cast<int8_t>(byte())) / 128;
+                    break;
+                default:  // from -1 to 1
+                    codebook[i] = static_cast<float>(2 * i) / (entries - 1) - 1;
             }
+        }
+    }
+
+    static float from_bits(uint32_t bits) {
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+
+    template <class T>
+    T *allocate(std::size_t count) {
+        n = static_cast<int64_t>(count);
+        values_.reset(new uint8_t[count * sizeof(T)]);
+        return reinterpret_cast<T *>(values_.get());
+    }
+
+    /// Values of any bits.
+    template <class T>
+    void read_values() {
+        T *values = allocate<T>(left_ / sizeof(T));
+        if (n) std::memcpy(values, bytes_, static_cast<std::size_t>(n) * sizeof(T));
+    }
+
+    /// Values on midpoints of neighbouring entries or next to them, and 1, which makes scaling exact where it is the absmax of a
+    /// block; two bytes each.
+    template <class T>
+    void make_values() {
+        using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+        T *values = allocate<T>(left_ / 2);
+        for (int64_t i = 0; i < n; ++i) {
+            const std::size_t entry = byte() % (entries - 1);
+            const uint8_t how = byte();
+            bnb::store1(values + i, how % 4 == 3 ? 1.0f : (codebook[entry] + codebook[entry + 1]) * 0.5f);
+            Bits bits;
+            std::memcpy(&bits, values + i, sizeof bits);
+            bits = static_cast<Bits>(how % 4 == 1 ? bits + 1 : how % 4 == 2 ? bits - 1 : bits);
+            std::memcpy(values + i, &bits, sizeof bits);
         }
     }
 
