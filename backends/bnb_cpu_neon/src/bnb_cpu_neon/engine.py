@@ -43,10 +43,11 @@ def describe() -> str:
     """Name the core, its features, the tier and the number of threads, for `bnb doctor`."""
     cpu: Cpu = this_cpu()
     used = tier or "none"
-    threads = torch.get_num_threads()
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     if cpu.architecture != "aarch64":
-        return f"NEON emulated on {cpu.architecture}, tier {used}, {threads} threads"
-    return f"{cpu.core}, {' '.join(sorted(cpu.features))}, tier {used}, {threads} threads"
+        return f"NEON emulated on {cpu.architecture}, tier {used}, {threads}"
+    return f"{cpu.core}, {' '.join(sorted(cpu.features))}, tier {used}, {threads}"
 
 
 # Emulated NEON is for development: it must be asked for.
