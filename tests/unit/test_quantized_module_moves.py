@@ -42,7 +42,9 @@ def test_casts_leave_the_weight_alone(make, cast, replace):
 
 
 @every
-@pytest.mark.skipif(not hasattr(torch.__future__, "set_swap_module_params_on_conversion"), reason="torch has one way to move modules")
+@pytest.mark.skipif(
+    not hasattr(torch.__future__, "set_swap_module_params_on_conversion"), reason="torch has one way to move modules"
+)
 @pytest.mark.parametrize("move", CASTS.values(), ids=CASTS)
 @pytest.mark.parametrize("replace", [lambda m: m, plain_weight], ids=["parameter", "plain"])
 def test_modules_that_swap_their_parameters(make, move, replace):
