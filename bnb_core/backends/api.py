@@ -47,16 +47,20 @@ class Call:
     Tensors are the real ones: read their shape, strides, dtype and device, never their values, which would synchronize.
     """
 
-    __slots__ = ("_arguments",)
+    __slots__ = ("_args", "_positions")
 
     def __init__(self, spec: OpSpec, args: Tuple[Any, ...]) -> None:
-        self._arguments = {parameter.name: value for parameter, value in zip(spec.parameters, args)}
+        self._positions = _POSITIONS[spec.name]
+        self._args = args
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self._arguments[name]
+            return self._args[self._positions[name]]
         except KeyError:
-            raise AttributeError(f"the op has no parameter {name!r}; it has {', '.join(self._arguments)}") from None
+            raise AttributeError(f"the op has no parameter {name!r}; it has {', '.join(self._positions)}") from None
+
+
+_POSITIONS = {name: {parameter.name: at for at, parameter in enumerate(spec.parameters)} for name, spec in OPS.items()}
 
 
 @dataclass(frozen=True, eq=False)
