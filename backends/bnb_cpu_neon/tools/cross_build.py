@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-TOOLS = Path(__file__).parent
+TOOLS = Path(__file__).resolve().parent
 #: A shared library's suffix, by which the build knows what it is built for.
 SUFFIX = ".cpython-{}{}-{{}}-linux-gnu.so".format(*sys.version_info)
 #: The newest glibc 2.x that a wheel may need: that of manylinux2014, which every Jetson has.
