@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from bnb_cuda_jetson import _native
 
 ARCHITECTURES = _native.architectures()
@@ -164,3 +165,26 @@ def test_scratch_has_room_for_the_sums_of_the_largest_launch():
     assert _native.optimizer_scratch_bytes([256] * 84, 256, True) == few  # launches take turns
     assert _native.optimizer_scratch_bytes([257] * 42, 256, True) == few + 42 * 16
     assert _native.optimizer_scratch_bytes([256] * 42, 256, False) == few - 42 * 16
+
+
+EXCHANGE = """
+import torch
+tensors = [torch.nn.Parameter(torch.zeros(3, 500)), torch.zeros(100, 2)[1:], torch.zeros(())]
+addresses, sizes = [tensor.data_ptr() for tensor in tensors], [1500, 198, 1]
+def step(lists, sizes):
+    _native.optimizer_step_32bit(0, 0, 0, lists, lists, lists, lists, [], sizes, "adam", [0.0] * 19, 0, 0, 0)
+step(addresses, sizes)
+step(tensors, tensors)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="needs torch 2.10, which tells addresses at once"
+)
+def test_tensors_are_as_good_as_their_addresses_and_sizes(run_with_driver):
+    code = EXCHANGE + caught("step([1.5], [1])\n")
+    run = run_with_driver(code, str(CAPABILITY), words=30)  # the three tensors' part of the kernel's table
+    by_address, by_exchange = run.calls_of("cuLaunchKernel")
+    assert by_address == by_exchange
+    assert by_address.count(",") == 29
+    assert "float" in run.output

@@ -1,0 +1,81 @@
+#include "tensors.h"
+
+namespace nb = nanobind;
+
+namespace bnb {
+namespace {
+
+// What is used of the exchange of tensors that DLPack 1 specifies (dmlc.github.io/dlpack), which torch has from 2.10 on.
+struct DLTensor {
+  void* data;
+  std::int32_t device_type, device_id;
+  std::int32_t dimensions;
+  std::uint8_t type_code, type_bits;
+  std::uint16_t type_lanes;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+
+struct DLPackExchange {
+  std::uint32_t major, minor;
+  void* older;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*describe)(void* object, DLTensor* out);  // refers to the tensor's own shape
+  void* current_stream;
+};
+
+constexpr std::uint32_t kKnownMajor = 1;
+
+const DLPackExchange* exchange = nullptr;
+
+// Take this way from now on: `capsule` is torch.Tensor.__dlpack_c_exchange_api__. False where it is of another version.
+bool use_exchange(nb::handle capsule) {
+  const auto* found = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!found) throw nb::python_error();
+  if (found->major != kKnownMajor || !found->describe) return false;
+  exchange = found;
+  return true;
+}
+
+template <class Value, class FromTensor>
+std::vector<Value> each(nb::handle list, FromTensor from_tensor) {
+  Py_ssize_t size = PySequence_Size(list.ptr());
+  if (size < 0) throw nb::python_error();
+  std::vector<Value> values(static_cast<std::size_t>(size));
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    nb::object item = nb::steal(PySequence_GetItem(list.ptr(), i));
+    if (!item.is_valid()) throw nb::python_error();
+    if (PyLong_Check(item.ptr())) {
+      values[i] = nb::cast<Value>(item);
+    } else {
+      DLTensor tensor;
+      if (!exchange) throw nb::type_error("tensors are taken after use_exchange; pass their addresses");
+      if (exchange->describe(item.ptr(), &tensor)) throw nb::python_error();
+      values[i] = from_tensor(tensor);
+    }
+  }
+  return values;
+}
+
+}  // namespace
+
+std::vector<Address> addresses_of(nb::handle list) {
+  return each<Address>(list, [](const DLTensor& tensor) { return reinterpret_cast<Address>(tensor.data) + tensor.byte_offset; });
+}
+
+std::vector<std::int64_t> sizes_of(nb::handle list) {
+  return each<std::int64_t>(list, [](const DLTensor& tensor) {
+    std::int64_t n = 1;
+    for (std::int32_t i = 0; i < tensor.dimensions; ++i) n *= tensor.shape[i];
+    return n;
+  });
+}
+
+void bind_tensors(nb::module_& module) {
+  module.def("use_exchange", &use_exchange, nb::arg("capsule"), "Take tensors by DLPack's exchange API; says whether that can be.");
+}
+
+}  // namespace bnb
