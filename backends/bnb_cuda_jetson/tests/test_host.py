@@ -36,6 +36,7 @@ def test_without_a_driver_the_package_imports_and_says_why_it_cannot_run():
     assert result.returncode == 0, result.stderr
     support, description, error = result.stdout.splitlines()
     assert support.startswith("Support(ok=False, reason='no NVIDIA driver: libcuda.so.1")
+    assert "install the driver, which a Jetson has with JetPack" in support
     assert description.startswith("no CUDA device; device code for sm_")
     assert error.startswith("BackendUnavailableError no NVIDIA driver: libcuda.so.1")
 
