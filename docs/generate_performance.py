@@ -244,7 +244,7 @@ def plot(memory: Sequence[Row], product_rows: Sequence[Row], path: Path) -> None
         rows = sorted({row["M"] for row in product_rows})
         times_as_fast = {(row["N"], row["K"], row["M"]): row["bitsandbytes"] / row["microseconds"] for row in product_rows}
         grid = [[times_as_fast[(*weight, M)] for M in rows] for weight in weights]
-        ratios.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=2)
+        ratios.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=2, alpha=0.6)
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 ratios.text(x, y, f"{value:.1f}", ha="center", va="center")
@@ -262,7 +262,7 @@ def plot(memory: Sequence[Row], product_rows: Sequence[Row], path: Path) -> None
         shares.invert_yaxis()
         shares.set_xlim(0, 1)
         shares.set_title("share of a copy's speed")
-        shares.legend(loc="lower right")
+        shares.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=2)
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -132,15 +132,15 @@ Hyperparameters hyperparameters_from(const Numbers& numbers) {
   return h;
 }
 
-// Lists are what tensors.h takes.
-void optimizer_step_32bit(int device, Address stream, int dtype, nb::handle params, nb::handle grads, nb::handle state1,
-                          nb::handle state2, nb::handle state3, nb::handle sizes, const std::string& algorithm,
+// Lists of tensors are what tensors.h takes; with addresses come the sizes, which otherwise are an empty list.
+void optimizer_step_32bit(int device, Address stream, int dtype, nb::list params, nb::list grads, nb::list state1,
+                          nb::list state2, nb::list state3, std::vector<std::int64_t> sizes, const std::string& algorithm,
                           const Numbers& hyperparameters, Address step_on_device, Address lr_on_device, Address scratch) {
-  Lists lists{addresses_of(params),
+  Lists lists{addresses_of(params, sizes.empty() ? &sizes : nullptr),
               addresses_of(grads),
               {addresses_of(state1), addresses_of(state2), addresses_of(state3)},
               {},
-              sizes_of(sizes)};
+              std::move(sizes)};
   nb::gil_scoped_release unlocked;
   Call call("optimizer_step_32bit_", device, stream);
   Kernel& kernel = kernels_32bit[index_of(algorithm)][dtype];
@@ -150,16 +150,16 @@ void optimizer_step_32bit(int device, Address stream, int dtype, nb::handle para
        });
 }
 
-void optimizer_step_8bit(int device, Address stream, int dtype, nb::handle params, nb::handle grads, nb::handle state1,
-                         nb::handle state2, nb::handle state3, nb::handle absmax1, nb::handle absmax2, nb::handle absmax3,
-                         nb::handle sizes, Address codebook1, Address codebook2, Address codebook3, std::int64_t blocksize,
-                         const std::string& algorithm, const Numbers& hyperparameters, Address step_on_device,
-                         Address lr_on_device, Address scratch) {
-  Lists lists{addresses_of(params),
+void optimizer_step_8bit(int device, Address stream, int dtype, nb::list params, nb::list grads, nb::list state1,
+                         nb::list state2, nb::list state3, nb::list absmax1, nb::list absmax2, nb::list absmax3,
+                         std::vector<std::int64_t> sizes, Address codebook1, Address codebook2, Address codebook3,
+                         std::int64_t blocksize, const std::string& algorithm, const Numbers& hyperparameters,
+                         Address step_on_device, Address lr_on_device, Address scratch) {
+  Lists lists{addresses_of(params, sizes.empty() ? &sizes : nullptr),
               addresses_of(grads),
               {addresses_of(state1), addresses_of(state2), addresses_of(state3)},
               {addresses_of(absmax1), addresses_of(absmax2), addresses_of(absmax3)},
-              sizes_of(sizes)};
+              std::move(sizes)};
   nb::gil_scoped_release unlocked;
   Call call("optimizer_step_8bit_blockwise_", device, stream);
   Kernel& kernel = kernels_8bit[index_of(algorithm)][dtype];

@@ -40,38 +40,29 @@ bool use_exchange(nb::handle capsule) {
   return true;
 }
 
-template <class Value, class FromTensor>
-std::vector<Value> each(nb::handle list, FromTensor from_tensor) {
-  Py_ssize_t size = PySequence_Size(list.ptr());
-  if (size < 0) throw nb::python_error();
-  std::vector<Value> values(static_cast<std::size_t>(size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    nb::object item = nb::steal(PySequence_GetItem(list.ptr(), i));
-    if (!item.is_valid()) throw nb::python_error();
-    if (PyLong_Check(item.ptr())) {
-      values[i] = nb::cast<Value>(item);
-    } else {
-      DLTensor tensor;
-      if (!exchange) throw nb::type_error("tensors are taken after use_exchange; pass their addresses");
-      if (exchange->describe(item.ptr(), &tensor)) throw nb::python_error();
-      values[i] = from_tensor(tensor);
-    }
-  }
-  return values;
+std::int64_t elements(const DLTensor& tensor) {
+  std::int64_t n = 1;
+  for (std::int32_t i = 0; i < tensor.dimensions; ++i) n *= tensor.shape[i];
+  return n;
 }
 
 }  // namespace
 
-std::vector<Address> addresses_of(nb::handle list) {
-  return each<Address>(list, [](const DLTensor& tensor) { return reinterpret_cast<Address>(tensor.data) + tensor.byte_offset; });
-}
-
-std::vector<std::int64_t> sizes_of(nb::handle list) {
-  return each<std::int64_t>(list, [](const DLTensor& tensor) {
-    std::int64_t n = 1;
-    for (std::int32_t i = 0; i < tensor.dimensions; ++i) n *= tensor.shape[i];
-    return n;
-  });
+std::vector<Address> addresses_of(nb::list list, std::vector<std::int64_t>* sizes) {
+  std::vector<Address> addresses;
+  addresses.reserve(list.size());
+  for (nb::handle item : list) {
+    if (PyLong_Check(item.ptr())) {
+      addresses.push_back(nb::cast<Address>(item));
+      continue;
+    }
+    DLTensor tensor;
+    if (!exchange) throw nb::type_error("tensors are taken after use_exchange; pass their addresses");
+    if (exchange->describe(item.ptr(), &tensor)) throw nb::python_error();
+    addresses.push_back(reinterpret_cast<Address>(tensor.data) + tensor.byte_offset);
+    if (sizes) sizes->push_back(elements(tensor));
+  }
+  return addresses;
 }
 
 void bind_tensors(nb::module_& module) {

@@ -10,11 +10,9 @@
 
 namespace bnb {
 
-// The addresses of a list of tensors, or of integers that are addresses. Needs Python's lock.
-std::vector<Address> addresses_of(nanobind::handle list);
-
-// The numbers of elements of a list of tensors, or of integers that are such. Needs Python's lock.
-std::vector<std::int64_t> sizes_of(nanobind::handle list);
+// The addresses of a list of tensors, or of integers that are addresses. Of tensors, the numbers of elements are added to `sizes`
+// where that is given. Needs Python's lock.
+std::vector<Address> addresses_of(nanobind::list list, std::vector<std::int64_t>* sizes = nullptr);
 
 void bind_tensors(nanobind::module_& module);
 

@@ -54,7 +54,7 @@ def optimizer_step_32bit_(
         _listed(state1),
         _listed(state2),
         _listed(state3),
-        params if _EXCHANGED else list(map(torch.Tensor.numel, params)),
+        [] if _EXCHANGED else list(map(torch.Tensor.numel, params)),
         *_rule(algorithm, hyperparameters, step, lr),
         scratch.data_ptr(),
     )
@@ -95,7 +95,7 @@ def optimizer_step_8bit_blockwise_(
         _listed(absmax1),
         _listed(absmax2),
         _listed(absmax3),
-        params if _EXCHANGED else list(map(torch.Tensor.numel, params)),
+        [] if _EXCHANGED else list(map(torch.Tensor.numel, params)),
         address(codebook1) if state1 else 0,
         address(codebook2) if state2 else 0,
         address(codebook3) if state3 else 0,
@@ -105,8 +105,8 @@ def optimizer_step_8bit_blockwise_(
     )
 
 
-def _listed(tensors: Tensors) -> Sequence[Any]:
-    return tensors if _EXCHANGED else list(map(torch.Tensor.data_ptr, tensors))
+def _listed(tensors: Tensors) -> List[Any]:
+    return list(tensors) if _EXCHANGED else list(map(torch.Tensor.data_ptr, tensors))
 
 
 def _rule(algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> Tuple[str, List[float], int, int]:
