@@ -167,7 +167,7 @@ def wheels(session: nox.Session) -> None:
     elsewhere = Path(session.create_tmp()) / "empty"
     shutil.rmtree(elsewhere, ignore_errors=True)
     elsewhere.mkdir(parents=True)
-    for name in ("tests", "conftest.py", "pyproject.toml", "docs", "examples"):
+    for name in ("tests", "conftest.py", "pyproject.toml", "docs", "examples", "benchmarks"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, elsewhere / name)
     shutil.copytree(ROOT / "backends/bnb_reference/tests", elsewhere / "backends/bnb_reference/tests")
