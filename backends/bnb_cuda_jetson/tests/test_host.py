@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_without_a_driver_the_package_imports_and_says_why_it_cannot_run():
     assert "install the driver, which a Jetson has with JetPack" in support
     assert description.startswith("no CUDA device; device code for sm_")
     assert error.startswith("BackendUnavailableError no NVIDIA driver: libcuda.so.1")
+
+
+def test_without_a_driver_the_doctor_says_what_is_missing_and_where_it_comes_from():
+    code = "from bnb_core.backends import register\nfrom bnb_core.cli import main\nfrom bnb_cuda_jetson import backend\n"
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    command = [sys.executable, "-c", code + "register(backend)\nmain(['doctor', '--json'])"]
+    report = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
+    (row,) = [row for row in report["backends"] if row["name"] == "jetson"]
+    if row["state"] == "ready":
+        pytest.skip("this machine has a driver")
+    assert row["state"] == "unavailable"
+    assert row["notes"].startswith("no NVIDIA driver: libcuda.so.1")
+    assert "install the driver, which a Jetson has with JetPack" in row["notes"]
 
 
 def test_every_embedded_architecture_is_available_and_its_code_is_loaded(run_with_driver):
