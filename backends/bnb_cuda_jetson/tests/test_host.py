@@ -47,7 +47,8 @@ def test_without_a_driver_the_doctor_says_what_is_missing_and_where_it_comes_fro
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     command = [sys.executable, "-c", code + "register(backend)\nmain(['doctor', '--json'])"]
     report = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
-    (row,) = [row for row in report["backends"] if row["name"] == "jetson"]
+    # Where the package is installed, that is listed too.
+    (row,) = [row for row in report["backends"] if row["name"] == "jetson" and row["state"] != "shadowed"]
     if row["state"] == "ready":
         pytest.skip("this machine has a driver")
     assert row["state"] == "unavailable"
