@@ -305,10 +305,11 @@ def _no_scratch(device: torch.device) -> torch.Tensor:
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Tuple[Any, ...]], Tuple[Any, ...]]:
-    """Return a function that picks these positions out of a tuple: what `itemgetter` does for two and more."""
+    """Return a function that picks these positions out of a tuple: what `itemgetter` does for two and more, or for a slice."""
     if len(positions) > 1:
         return itemgetter(*positions)
-    return lambda values: tuple(values[at] for at in positions)
+    first = positions[0] if positions else 0
+    return itemgetter(slice(first, first + len(positions)))
 
 
 def structured_op(name: str) -> StructuredOp:
