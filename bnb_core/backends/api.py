@@ -50,7 +50,7 @@ class Call:
     __slots__ = ("_args", "_positions")
 
     def __init__(self, spec: OpSpec, args: Tuple[Any, ...]) -> None:
-        self._positions = _POSITIONS[spec.name]
+        self._positions = _positions(spec)
         self._args = args
 
     def __getattr__(self, name: str) -> Any:
@@ -60,7 +60,15 @@ class Call:
             raise AttributeError(f"the op has no parameter {name!r}; it has {', '.join(self._positions)}") from None
 
 
-_POSITIONS = {name: {parameter.name: at for at, parameter in enumerate(spec.parameters)} for name, spec in OPS.items()}
+#: By op, for the spec that is given: to hash a spec takes longer than the call.
+_known_positions: Dict[str, Tuple[OpSpec, Dict[str, int]]] = {}
+
+
+def _positions(spec: OpSpec) -> Dict[str, int]:
+    known = _known_positions.get(spec.name)
+    if known is None or known[0] is not spec:
+        known = _known_positions[spec.name] = spec, {parameter.name: at for at, parameter in enumerate(spec.parameters)}
+    return known[1]
 
 
 @dataclass(frozen=True, eq=False)
