@@ -38,7 +38,7 @@ constexpr int kPiece = 256;  // elements of a unit of work without blocks, in op
 constexpr int kAlgorithms = 7;
 const char* const kNames[kAlgorithms] = {"adam", "amsgrad", "ademamix", "lion", "sgd", "rmsprop", "adagrad"};
 Kernel kernels_32bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("32bit", 256);
-Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit", 320);
+Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit", 256);
 Kernel scalars_kernel("optimizer", "step_scalars", 32);
 Kernel ratios_kernel("optimizer", "step_ratios", 256);
 
