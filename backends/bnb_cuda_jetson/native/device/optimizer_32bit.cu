@@ -7,7 +7,7 @@ constexpr int kThreads = 256;  // two blocks of threads have 128 registers each
   extern "C" __global__ void __launch_bounds__(kThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                              \
       step_32bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,         \
                                       const float* ratios, double2* sums) {                                                    \
-    step<T, kAlgorithm, false>(tensors, scalars, device_scalars, ratios, sums, nullptr, kPiece);                                                 \
+    step<T, kAlgorithm, false, kThreads / 32>(tensors, scalars, device_scalars, ratios, sums, nullptr, kPiece);                                                 \
   }
 
 #define STEPS(algorithm, kAlgorithm)            \

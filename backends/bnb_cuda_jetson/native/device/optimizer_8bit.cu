@@ -1,19 +1,26 @@
 // optimizer_step_8bit_blockwise_: a kernel for each algorithm and dtype.
 #include "optimizer.cuh"
 
-constexpr int kThreads = 320;  // two blocks of threads have 96 registers each
+constexpr int kThreads = 256;
+
+// Three blocks of threads have 80 registers for each thread, two have 128.
+__host__ __device__ constexpr int blocks_of(int algorithm, int element_bytes) {
+  return states_of(algorithm) == 1 || (states_of(algorithm) == 2 && element_bytes == 2) ? 3 : 2;
+}
 
 #define STEP(algorithm, kAlgorithm, name, T)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of(kAlgorithm, sizeof(T)))                            \
       step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,          \
                                      const float* ratios, double2* sums, const float* codebook1, const float* codebook2,       \
                                      const float* codebook3, int64 blocksize) {                                                \
     constexpr int count = states_of(kAlgorithm);                                                                               \
-    __shared__ NearestCode8bit tables[count];                                                                                  \
-    if (codebook1) tables[0].build(codebook1);                                                                                 \
-    if (count > 1 && codebook2) tables[count > 1 ? 1 : 0].build(codebook2);                                                    \
-    if (count > 2 && codebook3) tables[count > 2 ? 2 : 0].build(codebook3);                                                    \
-    step<T, kAlgorithm, true>(tensors, scalars, device_scalars, ratios, sums, tables, blocksize);                   \
+    __shared__ Codebook::Table tables[count];                                                                      \
+    Codebook codebooks[count];                                                                                     \
+    const float* const given[3] = {codebook1, codebook2, codebook3};                                                           \
+    for (int k = 0; k < count; ++k) {                                                                                          \
+      if (given[k]) codebooks[k] = Codebook(tables[k], given[k]);                                                  \
+    }                                                                                                                          \
+    step<T, kAlgorithm, true, kThreads / 32>(tensors, scalars, device_scalars, ratios, sums, codebooks, blocksize);                   \
   }
 
 #define STEPS(algorithm, kAlgorithm)            \
