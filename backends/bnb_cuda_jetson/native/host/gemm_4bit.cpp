@@ -83,10 +83,12 @@ FewKernel four_rows[2] = BNB_SIXTEEN_BITS("rows4", 4, 64, 16, 16);
 FewKernel eight_rows[2] = BNB_SIXTEEN_BITS("rows8", 8, 64, 16, 16);
 FewKernel sixteen_rows[2] = BNB_SIXTEEN_BITS("rows16", 16, 64, 12, 12);
 FewKernel wide_sixteen_rows[2] = BNB_SIXTEEN_BITS("wide_rows16", 16, 64, 16, 12);  // from sm_90 on
+FewKernel thirty_two_rows[2] = BNB_SIXTEEN_BITS("rows32", 32, 64, 8, 8);
 FewKernel small_blocks[2] = BNB_SIXTEEN_BITS("blocks32", 2, 32, 12, 12);
 static_assert(FewKernel::shared_bytes(kPairTable, 1, 64, 16, false) <= kSharedOfOrin, "one row");
 static_assert(FewKernel::shared_bytes(kPairTable, 8, 64, 16, true) <= kSharedOfOrin, "eight rows");
 static_assert(FewKernel::shared_bytes(kPairTable, 16, 64, 12, true) <= kSharedOfOrin, "sixteen rows");
+static_assert(FewKernel::shared_bytes(kPairTable, 32, 64, 8, true) <= kSharedOfOrin, "32 rows");
 
 // Of float32, and before sm_80 of all three.
 #define BNB_SCALAR(name, tokens)                                                                                            \
@@ -106,6 +108,7 @@ FewKernel& few_kernel(const Device& device, int dtype, std::int64_t M, std::int6
   if (blocksize_shift < 6 || K % 64) return small_blocks[index];
   if (M == 1) return one_row[index];
   if (M <= 8) return M <= 4 ? four_rows[index] : eight_rows[index];
+  if (M > 16) return thirty_two_rows[index];
   return device.architecture >= 90 ? wide_sixteen_rows[index] : sixteen_rows[index];
 }
 
@@ -140,7 +143,31 @@ void multiply_few(const Call& call, int dtype, Address out, Address x, const Wei
   const bool nested = weight.scales.nested_absmax;
   Kernel& kernel = nested ? few.nested : few.plain;
   const int shift = split_shift(call.device, weight, few.warps[nested]);
-  launch(call, kernel, {blocks_for(call, kernel, ceil_div(weight.N, 16))}, out, x, weight, bias, M, shift);
+  launch_overlapping(call, kernel, {blocks_for(call, kernel, ceil_div(weight.N, 16))}, out, x, weight, bias, M, shift);
+}
+
+// ------------------------------------------------------------------------------------------------------ one row of x, larger weights
+// The kernels of gemm_4bit_one.cu, of float16 and bfloat16 from sm_80 on.
+constexpr unsigned kOneBytes = 4 * kPairTable + 8 * 3 * (8 * 256 + 8 * 8 * 4);
+
+Kernel one_kernels[2] = {
+    {"gemm_4bit_one", "gemm_4bit_one_float16", 256, kOneBytes},
+    {"gemm_4bit_one", "gemm_4bit_one_bfloat16", 256, kOneBytes},
+};
+
+// Elements of W on a multiprocessor from which this is faster than the kernels for few rows, and from which two blocks are than one.
+constexpr std::int64_t kWorthOne = 64 << 10, kWorthTwoBlocks = 1 << 20;
+
+bool takes_one(const Device& device, int dtype, const Weight4bit& weight, std::int64_t M) {
+  return M == 1 && has_tensor_cores(device, dtype) && !weight.scales.nested_absmax && weight.K % 64 == 0 && weight.blocksize_shift >= 6 &&
+         weight.N * weight.K >= kWorthOne * device.multiprocessors;
+}
+
+void multiply_one(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias) {
+  Kernel& kernel = one_kernels[dtype - kFloat16];
+  const std::int64_t groups = ceil_div(weight.N, 8), each = call.device.multiprocessors;
+  const bool two = weight.N * weight.K >= kWorthTwoBlocks * each;
+  launch_overlapping(call, kernel, {blocks_for(call, kernel, std::min(groups, two ? 2 * each : each))}, out, x, weight, bias);
 }
 
 // --------------------------------------------------------------------------------------------------------------- many rows of x
@@ -149,43 +176,59 @@ constexpr int kManyRows = 128;    // of W that a block multiplies
 constexpr int kManyDepth = 128;   // columns that it takes at a time: a stage
 constexpr int kFewestStages = 2;  // that are worth a block
 
-constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 4 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
+constexpr int kManyTokens[] = {32, 64, 128};  // rows of x of a tile
 
-static_assert(many_shared_bytes(64) <= kSharedOfOrin, "64 rows of x");
+constexpr unsigned many_shared_bytes(unsigned tokens) { return 4 * kPairTable + 3 * (kManyRows * 64 + 2 * kManyRows * 8 + tokens * 256); }
 
-Kernel many32_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_many32_float16", 512, many_shared_bytes(32)},
-    {"gemm_4bit_many", "gemm_4bit_many32_bfloat16", 512, many_shared_bytes(32)},
-};
-Kernel many64_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_many64_float16", 512, many_shared_bytes(64)},
-    {"gemm_4bit_many", "gemm_4bit_many64_bfloat16", 512, many_shared_bytes(64)},
-};
+static_assert(many_shared_bytes(128) <= kSharedOfOrin, "128 rows of x");
+
+#define BNB_MANY(name)                                                                   \
+  {                                                                                      \
+    {"gemm_4bit_many", "gemm_4bit_many32_" name, 256, many_shared_bytes(32)},            \
+        {"gemm_4bit_many", "gemm_4bit_many64_" name, 256, many_shared_bytes(64)},        \
+        {"gemm_4bit_many", "gemm_4bit_many128_" name, 256, many_shared_bytes(128)},      \
+  }
+Kernel many_kernels[2][3] = {BNB_MANY("float16"), BNB_MANY("bfloat16")};
+Kernel many_nested_kernels[2][3] = {BNB_MANY("float16_nested"), BNB_MANY("bfloat16_nested")};
 Kernel add_kernels[2] = {
-    {"gemm_4bit_many", "gemm_4bit_add_float16", 512},
-    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 512},
+    {"gemm_4bit_many", "gemm_4bit_add_float16", 256},
+    {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
 };
 
-// How the kernels for many rows cut a product: rows of x in a tile, and blocks that share the columns, `stages` stages each.
+// How the kernels for many rows cut a product: the size of tiles of rows of x, as an index of kManyTokens, and blocks that share the
+// columns, `stages` stages each.
 struct Cut {
-  int tokens;
+  int size;
   int parts;
   int stages;
 };
 
+// The cut that takes the fewest clocks, by an estimate that src/bnb_cuda_jetson/panels.py makes too: clocks of a stage of each size, of
+// a launch, and bytes in a clock and multiprocessor of the sums of parts, which are written and read again. As measured on sm_90.
 Cut cut_many(const Device& device, std::int64_t M, std::int64_t N, std::int64_t K) {
-  const int tokens = M <= 32 ? 32 : 64;
-  const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens), stages = ceil_div(K, kManyDepth);
-  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
-  const std::int64_t each = ceil_div(stages, wanted);
-  return {tokens, static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
+  constexpr double kStageClocks[] = {1740, 2400, 3860}, kLaunchClocks = 2000, kSumBytes = 19;
+  const std::int64_t stages = ceil_div(K, kManyDepth);
+  Cut best{};
+  double fewest = 0;
+  for (int size = 0; size < 3; ++size) {
+    const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, kManyTokens[size]);
+    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
+    const std::int64_t each = ceil_div(stages, wanted), parts = ceil_div(stages, each);
+    double clocks = static_cast<double>(ceil_div(blocks * parts, device.multiprocessors)) * each * kStageClocks[size];
+    if (parts > 1) clocks += kLaunchClocks + 8.0 * parts * M * N / (kSumBytes * device.multiprocessors);
+    if (!size || clocks < fewest) {
+      fewest = clocks;
+      best = {size, static_cast<int>(parts), static_cast<int>(each)};
+    }
+  }
+  return best;
 }
 
-// Products of a multiprocessor up to which several passes of the kernels for few rows are faster: those for many take longer to start.
+// Products of a multiprocessor up to which the kernels for few rows are faster: those for many take longer to start.
 constexpr double kSmallProduct = 1.2e6;
 
 bool takes_many(const Device& device, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize) {
-  const bool small = static_cast<double>(M) * N * K <= kSmallProduct * device.multiprocessors;
+  const bool small = M <= 32 && static_cast<double>(M) * N * K <= kSmallProduct * device.multiprocessors;
   return has_tensor_cores(device, dtype) && M > 16 && !small && K % 64 == 0 && blocksize >= 64;
 }
 
@@ -199,17 +242,17 @@ std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int6
 void multiply_many(const Call& call, int dtype, Address out, Address x, const Weight4bit& weight, Address bias, std::int64_t M,
                    Address scratch) {
   const Cut cut = cut_many(call.device, M, weight.N, weight.K);
-  const int index = dtype - kFloat16;
-  Kernel& kernel = (cut.tokens == 32 ? many32_kernels : many64_kernels)[index];
+  const int index = dtype - kFloat16, tokens = kManyTokens[cut.size];
+  Kernel& kernel = (weight.scales.nested_absmax ? many_nested_kernels : many_kernels)[index][cut.size];
   const Address sums = cut.parts > 1 ? scratch : 0;
-  by_rows(M, cut.tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
-    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, cut.tokens)),
+  by_rows(M, tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, tokens)),
                     static_cast<unsigned>(cut.parts)};
-    launch(call, kernel, grid, out + 2 * first * weight.N, sums, x + 2 * first * weight.K, weight, bias, count, cut.stages);
+    launch_overlapping(call, kernel, grid, out + 2 * first * weight.N, sums, x + 2 * first * weight.K, weight, bias, count, cut.stages);
   });
   if (cut.parts > 1) {
     Kernel& add = add_kernels[index];
-    launch(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 512))}, out, sums, bias, M, weight.N, cut.parts);
+    launch_overlapping(call, add, {blocks_for(call, add, ceil_div(M * weight.N, 256))}, out, sums, bias, M, weight.N, cut.parts);
   }
 }
 
@@ -225,6 +268,10 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
                     exact_log2(blocksize)};
   if (fits_few(weight, x) && takes_many(call.device, dtype, M, N, K, blocksize)) {
     multiply_many(call, dtype, out, x, weight, bias, M, scratch);
+    return;
+  }
+  if (fits_few(weight, x) && takes_one(call.device, dtype, weight, M)) {
+    multiply_one(call, dtype, out, x, weight, bias);
     return;
   }
   if (fits_few(weight, x) && M <= most_few(call.device, dtype)) {
