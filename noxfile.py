@@ -321,10 +321,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types; bnb_core strictly."""
+    """Check types strictly: the core's and the backends'."""
     install_torch(session)
     session.install(*RUNTIME, "mypy>=1.18", "pytest>=7", "hypothesis", "safetensors", "tokenizers")
     session.run("mypy")
+    session.run("mypy", "backends/bnb_reference/src/bnb_reference", f"{NEON}/src/bnb_cpu_neon")
 
 
 @nox.session
