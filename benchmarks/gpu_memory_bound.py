@@ -153,6 +153,14 @@ def host() -> List[Dict[str, Any]]:
             "bitsandbytes": None,
         },
     ]
+    one = x[:1]
+    layers = [
+        library.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4").cuda()
+        for library in (bnb_core, bitsandbytes)
+    ]
+    with torch.no_grad():
+        times = [gpu_timing.host_microseconds(lambda layer=layer: layer(one)) for layer in layers]
+    rows.append({"work": "host time of Linear4bit, one row", "microseconds": times[0], "bitsandbytes": times[1]})
     times = []
     for library in (bnb_core.optim, bitsandbytes.optim):
         params = [torch.nn.Parameter(torch.randn(64, 128, device="cuda")) for _ in range(200)]

@@ -27,6 +27,11 @@ TARGETS = {
     "quantize_blockwise linear map": 15.0,
     "dequantize_blockwise": 2.6,
     **{f"Linear4bit {dtype} M={M}": most for dtype in ("fp32", "fp16", "bf16") for M, most in ((1, 1.7), (16, 6.5), (64, 22.0))},
+    **{
+        f"Linear4bit fast {dtype} M={M}": most
+        for dtype in ("fp32", "fp16", "bf16")
+        for M, most in ((1, 0.5), (16, 6.5), (64, 22.0))
+    },
     **{f"Linear8bitLt fp16 M={M}": most for M, most in ((1, 0.4), (16, 1.6), (64, 5.5))},
     "AdamW8bit.step": 20.0,
     "Lion8bit.step": 11.0,
@@ -88,7 +93,7 @@ def main() -> None:
     conditions = {
         "cpu": arguments.cpu,
         "emulator": emulator,
-        "torch": arm.release.torch,
+        "torch": arm.release.versions["torch"],
         "peer": PEER,
         "commit": commit,
         "threads": 1,

@@ -33,7 +33,11 @@ def calls(bnb, N, K):
         layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, compress_statistics=False, quant_type="nf4")
         layer = layer.to("cpu")
         for M in (1, 16, 64):
-            yield f"Linear4bit {name} M={M}", partial(layer, torch.randn(M, K).to(dtype))
+            x = torch.randn(M, K).to(dtype)
+            yield f"Linear4bit {name} M={M}", partial(layer, x)
+            if bnb.__name__ == "bnb_core":
+                with importlib.import_module("bnb_cpu_neon").use_precision("fast"):
+                    yield f"Linear4bit fast {name} M={M}", partial(layer, x)
     layer = bnb.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=0.0)
     layer.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
     layer = layer.to("cpu")

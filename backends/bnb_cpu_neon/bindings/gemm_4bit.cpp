@@ -5,17 +5,33 @@
 
 namespace bnb {
 
-void bind_gemm_4bit(nb::module_ &module) {
-    module.def("gemm_4bit_scratch", gemm_4bit_scratch);
+/// Binds a product, and that of experts which is made of it.
+template <Gemm4bit multiply>
+static void bind_products(nb::module_ &module, const char *name, const char *grouped_name) {
     module.def(
-        "gemm_4bit",
+        name,
         [](DType dtype, Data<const void> x, int64_t M, Data<const uint8_t> packed, Data<const void> absmax, Data<const float> codebook,
            int64_t blocksize, std::optional<Nested> nested, int64_t N, int64_t K, std::optional<Data<const void>> bias, Data<void> y,
            Data<float> scratch, int threads) {
             const Packed4bit weight = packed_tensor(packed, absmax, codebook, blocksize, nested);
-            gemm_4bit(dtype, x, M, weight, N, K, bias.value_or(Data<const void>{}), y, scratch, threads);
+            multiply(dtype, x, M, weight, N, K, bias.value_or(Data<const void>{}), y, scratch, threads);
         },
         without_gil());
+    module.def(
+        grouped_name,
+        [](DType dtype, Data<const void> x, Data<const int32_t> offsets, int64_t experts, Data<const uint8_t> packed,
+           Data<const void> absmax, Data<const float> codebook, int64_t blocksize, std::optional<Nested> nested, int64_t N, int64_t K,
+           Data<void> y, Data<float> scratch, int threads) {
+            const Packed4bit weights = packed_tensor(packed, absmax, codebook, blocksize, nested);
+            grouped_gemm_4bit(multiply, dtype, x, {offsets, experts, weights}, N, K, y, scratch, threads);
+        },
+        without_gil());
+}
+
+void bind_gemm_4bit(nb::module_ &module) {
+    bind_products<gemm_4bit>(module, "gemm_4bit", "grouped_gemm_4bit");
+    bind_products<fast_gemm_4bit>(module, "fast_gemm_4bit", "fast_grouped_gemm_4bit");
+    module.def("gemm_4bit_scratch", gemm_4bit_scratch);
     module.def("gemm_4bit_transposed_scratch", gemm_4bit_transposed_scratch);
     module.def(
         "gemm_4bit_transposed",
@@ -26,15 +42,6 @@ void bind_gemm_4bit(nb::module_ &module) {
         },
         without_gil());
     module.def("grouped_gemm_4bit_scratch", grouped_gemm_4bit_scratch);
-    module.def(
-        "grouped_gemm_4bit",
-        [](DType dtype, Data<const void> x, Data<const int32_t> offsets, int64_t experts, Data<const uint8_t> packed,
-           Data<const void> absmax, Data<const float> codebook, int64_t blocksize, std::optional<Nested> nested, int64_t N, int64_t K,
-           Data<void> y, Data<float> scratch, int threads) {
-            const Packed4bit weights = packed_tensor(packed, absmax, codebook, blocksize, nested);
-            grouped_gemm_4bit(dtype, x, {offsets, experts, weights}, N, K, y, scratch, threads);
-        },
-        without_gil());
     module.def(
         "grouped_gemm_4bit_transposed",
         [](DType dtype, Data<const void> g, Data<const int32_t> offsets, int64_t experts, Data<const uint8_t> packed,

@@ -57,6 +57,15 @@ inline uint16x4_t narrow_to_half(float32x4_t values) {
 #endif
 }
 
+/// Four bfloat16 numbers, as bits, to float32; exact.
+inline float32x4_t widen_bfloat16(uint16x4_t bits) {
+#if defined(__aarch64__)
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+#else  // SIMDe refuses to shift by a whole element
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16));
+#endif
+}
+
 /// a / b, rounded as IEEE says; SIMDe lacks this and the next two.
 inline float32x4_t divide(float32x4_t a, float32x4_t b) {
 #if defined(__aarch64__)
@@ -122,11 +131,22 @@ BNB_INLINE inline void load_after(const Vector &done, const Element *&next) {
 #endif
 }
 
-/// Takes bits of `a` where the mask is set, and else of `b`. Compilers that know the mask would make three instructions of one.
+// Both take bits of `a` where the mask is set, and else of `b`. Compilers that know some of the bits would make more than one
+// instruction of it. The result takes the place of `b`, or that of the mask.
+
 BNB_INLINE inline uint32x4_t select_bits(uint32x4_t mask, uint32x4_t a, uint32x4_t b) {
 #if defined(__aarch64__)
     asm("bit %0.16b, %1.16b, %2.16b" : "+w"(b) : "w"(a), "w"(mask));
     return b;
+#else
+    return vbslq_u32(mask, a, b);
+#endif
+}
+
+BNB_INLINE inline uint32x4_t select_by_last_use(uint32x4_t mask, uint32x4_t a, uint32x4_t b) {
+#if defined(__aarch64__)
+    asm("bsl %0.16b, %1.16b, %2.16b" : "+w"(mask) : "w"(a), "w"(b));
+    return mask;
 #else
     return vbslq_u32(mask, a, b);
 #endif

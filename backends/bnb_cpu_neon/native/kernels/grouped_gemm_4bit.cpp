@@ -35,11 +35,11 @@ int64_t grouped_gemm_4bit_scratch(int64_t tokens, int64_t K) {
 }
 
 void grouped_gemm_4bit(
-    DType dtype, const void *x, const Experts &experts, int64_t N, int64_t K, void *y, float *scratch, int threads) {
+    Gemm4bit *multiply, DType dtype, const void *x, const Experts &experts, int64_t N, int64_t K, void *y, float *scratch, int threads) {
     with_type(dtype, [&](auto element) {
         using T = decltype(element);
         for_each_expert(experts, N * K, [&](int64_t first, int64_t tokens, const Packed4bit &weight) {
-            gemm_4bit(dtype, row<T>(x, first, K), tokens, weight, N, K, nullptr, row<T>(y, first, N), scratch, threads);
+            multiply(dtype, row<T>(x, first, K), tokens, weight, N, K, nullptr, row<T>(y, first, N), scratch, threads);
         });
     });
 }

@@ -9,8 +9,11 @@
 
 namespace bnb {
 
-/// What values are multiplied by to become codes. A NaN stays one.
-inline float int8_scale(float absmax) { return 127.0f / (absmax < 0x1p-120f ? 0x1p-120f : absmax); }
+/// An absmax that 127 can be divided by. A NaN stays one.
+inline float int8_floored(float absmax) { return absmax < 0x1p-120f ? 0x1p-120f : absmax; }
+
+/// What values are multiplied by to become codes.
+inline float int8_scale(float absmax) { return 127.0f / int8_floored(absmax); }
 
 /// The bits of the magnitudes. As integers they are in the order of the numbers, and NaN is above all: so a maximum finds it.
 inline uint32x4_t magnitude_bits(float32x4_t values) { return vreinterpretq_u32_f32(vabsq_f32(values)); }

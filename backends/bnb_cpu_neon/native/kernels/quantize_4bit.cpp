@@ -44,10 +44,10 @@ class Bisection {
 
   private:
     BNB_INLINE uint8x16_t search(float32x4_t s) const {
-        uint32x4_t offsets = vdupq_n_u32(0x03020100);
         const uint32x4_t above = vcgtq_f32(s, middle_);
-        offsets = advance(offsets, above, 8);
-        offsets = advance(offsets, vcgtq_f32(s, vbslq_f32(above, upper_, lower_)), 4);
+        const float32x4_t next = vbslq_f32(above, upper_, lower_);
+        uint32x4_t offsets = select_by_last_use(above, vdupq_n_u32(0x23222120), vdupq_n_u32(0x03020100));
+        offsets = advance(offsets, vcgtq_f32(s, next), 4);
         offsets = advance(offsets, vcgtq_f32(s, look_up(second_, offsets)), 2);
         return vreinterpretq_u8_u32(advance(offsets, vcgtq_f32(s, look_up(last_, offsets)), 1));
     }

@@ -7,6 +7,7 @@
 #include "kernels/four_bit.hpp"
 #include "kernels/gemm_4bit.hpp"
 #include "kernels/ranked.hpp"
+#include "tier.hpp"
 
 using namespace bnb;
 
@@ -62,17 +63,17 @@ struct Tensor {
         return {codes.data(), {coded_absmax.data(), blocksize, nested}, nf4};
     }
 
-    float operator[](int64_t i) {
+    int code(int64_t i) {
         const uint8_t pair = codes[static_cast<std::size_t>(i / 2)];
-        const std::size_t block = static_cast<std::size_t>(i / blocksize);
-        float scale = absmax[block];
-        if (nested_blocksize) {
-            const float product =
-                nested_codebook[coded_absmax[block]] * nested_absmax[block / static_cast<std::size_t>(nested_blocksize)];
-            scale = product + offset[0];
-        }
-        return nf4[i % 2 ? pair & 15 : pair >> 4] * scale;
+        return i % 2 ? pair & 15 : pair >> 4;
     }
+    float scale(int64_t number) {
+        const std::size_t block = static_cast<std::size_t>(number);
+        if (!nested_blocksize) return absmax[block];
+        const float product = nested_codebook[coded_absmax[block]] * nested_absmax[block / static_cast<std::size_t>(nested_blocksize)];
+        return product + offset[0];
+    }
+    float operator[](int64_t i) { return nf4[code(i)] * scale(i / blocksize); }
 };
 
 /// `value` rounded to T and back.
@@ -156,6 +157,39 @@ void check_gemm(int64_t M, int64_t N, int64_t K, int64_t blocksize, int side) {
     });
 }
 
+/// int8 codes of values that have this absmax.
+double int8_code(float value, float absmax) { return std::nearbyint(value * (127.0f / absmax)); }
+
+template <class T>
+void check_fast_gemm(int64_t M, int64_t N, int64_t blocks, int64_t blocksize, int64_t nested_blocksize, int side) {
+    using Side = typename Guarded<T>::Side;
+    const int64_t K = blocks * blocksize;
+    Tensor weight(N * K, blocksize, nested_blocksize, side);
+    Guarded<T> x(static_cast<std::size_t>(M * K), static_cast<Side>(side)), y(static_cast<std::size_t>(M * N), static_cast<Side>(side));
+    fill_normal(x.data(), x.size());
+    Guarded<float> scratch(static_cast<std::size_t>(gemm_4bit_scratch(M, K)), static_cast<Guarded<float>::Side>(side));
+    fast_gemm_4bit(dtype_of<T>, x.data(), M, weight.packed(), N, K, nullptr, y.data(), scratch.data(), 2);
+    constexpr double unit = std::is_same_v<T, Half> ? 0x1p-11 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-24;
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0, magnitude = 0;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const T *values = x.data() + m * K + block * blocksize;
+                float absmax = 0;
+                for (int64_t i = 0; i < blocksize; ++i) absmax = std::max(absmax, std::abs(load1(values + i)));
+                double product = 0;
+                for (int64_t i = 0; i < blocksize; ++i) {
+                    product += int8_code(load1(values + i), absmax) * int8_code(nf4[weight.code(n * K + block * blocksize + i)], 1.0f);
+                }
+                product *= static_cast<double>(absmax) * weight.scale(n * blocks + block) / (127 * 127);
+                sum += product;
+                magnitude += std::abs(product);
+            }
+            const double error = std::abs(load1(y.data() + m * N + n) - sum);
+            CHECK(error <= unit * std::abs(sum) + 0x1p-24 * static_cast<double>(blocks + 6) * magnitude);
+        }
+}
+
 }  // namespace
 
 TEST(quantize_4bit_follows_the_definition) {
@@ -191,6 +225,25 @@ TEST(products_are_within_their_bound) {
 }
 
 TEST(products_of_more_rows_than_are_worked_on_at_a_time) { check_gemm<float>(259, 6, 70, 32, 0); }
+
+TEST(fast_products_are_those_of_int8_codes) {
+    for (const Tier tier : {Tier::baseline, Tier::dotprod, Tier::i8mm}) {
+        set_tier(tier);
+        for (const int side : sides)
+            for (const int64_t M : {1, 3, 4, 5, 6, 7, 8, 9, 17}) {
+                if (tier == Tier::baseline && M > 6) continue;
+                for (const auto &[N, blocks] : {std::pair{1, 1}, {3, 2}, {9, 5}, {4, 130}})
+                    for (const int64_t nested_blocksize : {0, 3}) {
+                        check_fast_gemm<float>(M, N, blocks, 32, nested_blocksize, side);
+                        check_fast_gemm<Half>(M, N, blocks, 32, nested_blocksize, side);
+                        check_fast_gemm<BFloat16>(M, N, blocks, 64, nested_blocksize, side);
+                    }
+            }
+        check_fast_gemm<float>(5, 2, 2, 4096, 0, 0);
+    }
+    check_fast_gemm<float>(259, 2, 3, 32, 0, 0);
+    set_tier(Tier::baseline);
+}
 
 TEST(embedding_4bit_reads_no_other_rows) {
     for (const int side : sides)

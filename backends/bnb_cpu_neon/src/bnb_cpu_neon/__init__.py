@@ -6,11 +6,24 @@ from typing import List
 
 from bnb_core.backends import Backend, hookimpl
 from bnb_cpu_neon.engine import __version__, backend
+from bnb_cpu_neon.precision import current_precision, set_precision, use_precision
 
 # The kernels register themselves on `backend`.
 from bnb_cpu_neon import blockwise, embedding, four_bit, gemm_4bit, int8, optimizer  # isort: skip
 
-__all__ = ["__version__", "backend", "blockwise", "embedding", "four_bit", "gemm_4bit", "int8", "optimizer"]
+__all__ = [
+    "__version__",
+    "backend",
+    "blockwise",
+    "current_precision",
+    "embedding",
+    "four_bit",
+    "gemm_4bit",
+    "int8",
+    "optimizer",
+    "set_precision",
+    "use_precision",
+]
 
 
 @hookimpl

@@ -43,6 +43,7 @@ _CORES = {
     (0x41, 0xD49): "Neoverse-N2",
     (0x41, 0xD4F): "Neoverse-V2",
     (0x41, 0xD83): "Neoverse-V3AE",
+    (0x46, 0x001): "Fujitsu A64FX",
     (0x4E, 0x004): "NVIDIA Carmel",
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from bnb_core.backends import YES, Backend, Call, Support
 from bnb_cpu_neon.cpu import TIERS, Cpu, choose_tier, this_cpu
+from bnb_cpu_neon.precision import current_precision, read_environment
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ def load() -> Support:
     """Load the native module for the best tier of this CPU, or say why that cannot be."""
     global native, tier
     try:
+        read_environment()
         tier = choose_tier(this_cpu())
     except ValueError as error:
         return Support(False, str(error))
@@ -40,13 +42,13 @@ def load() -> Support:
 
 
 def describe() -> str:
-    """Name the core, its features, the tier and the number of threads, for `bnb doctor`."""
+    """Name the core, its features, the tier, the number of threads and the precision, for `bnb doctor`."""
     cpu: Cpu = this_cpu()
-    used = tier or "none"
-    threads = torch.get_num_threads()
+    count = torch.get_num_threads()
+    used = f"tier {tier or 'none'}, {count} thread{'s' if count > 1 else ''}, {current_precision()} precision"
     if cpu.architecture != "aarch64":
-        return f"NEON emulated on {cpu.architecture}, tier {used}, {threads} threads"
-    return f"{cpu.core}, {' '.join(sorted(cpu.features))}, tier {used}, {threads} threads"
+        return f"NEON emulated on {cpu.architecture}, {used}"
+    return f"{cpu.core}, {' '.join(sorted(cpu.features))}, {used}"
 
 
 # Emulated NEON is for development: it must be asked for.

@@ -10,6 +10,7 @@ from bnb_core.backends import Call
 from bnb_core.ops import Nested
 from bnb_cpu_neon import engine
 from bnb_cpu_neon.engine import DTYPES, kernel
+from bnb_cpu_neon.precision import current_precision
 
 _FLOAT = 4
 
@@ -24,6 +25,11 @@ def _gemm_transposed_scratch(call: Call) -> int:
 
 def _grouped_scratch(call: Call) -> int:
     return _FLOAT * int(engine.native.grouped_gemm_4bit_scratch(call.x.shape[0], call.K))
+
+
+def _fast(K: int, blocksize: int) -> bool:
+    """Tell whether to take the fast kernels, which need no other scratch memory and whole blocks in each row."""
+    return current_precision() == "fast" and K % blocksize == 0
 
 
 @kernel("gemm_4bit", scratch=_gemm_scratch)
@@ -43,7 +49,8 @@ def gemm_4bit(
 ) -> None:
     """Fill `out` with x W^T + bias."""
     weight = (packed, absmax, codebook, blocksize, nested, N, K)
-    engine.native.gemm_4bit(DTYPES[x.dtype], x, x.numel() // K, *weight, bias, out, scratch, torch.get_num_threads())
+    multiply = engine.native.fast_gemm_4bit if _fast(K, blocksize) else engine.native.gemm_4bit
+    multiply(DTYPES[x.dtype], x, x.numel() // K, *weight, bias, out, scratch, torch.get_num_threads())
 
 
 @kernel("gemm_4bit_transposed", scratch=_gemm_transposed_scratch)
@@ -82,7 +89,8 @@ def grouped_gemm_4bit(
 ) -> None:
     """Fill `out` with each token's product with its expert's weight."""
     experts = (offsets, len(packed), packed, absmax, codebook, blocksize, nested, N, K)
-    engine.native.grouped_gemm_4bit(DTYPES[x.dtype], x, *experts, out, scratch, torch.get_num_threads())
+    multiply = engine.native.fast_grouped_gemm_4bit if _fast(K, blocksize) else engine.native.grouped_gemm_4bit
+    multiply(DTYPES[x.dtype], x, *experts, out, scratch, torch.get_num_threads())
 
 
 @kernel("grouped_gemm_4bit_transposed", scratch=_gemm_transposed_scratch)
