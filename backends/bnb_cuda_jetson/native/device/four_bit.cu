@@ -60,7 +60,7 @@ DEQUANTIZE_4BIT(float16, __half)
 DEQUANTIZE_4BIT(bfloat16, __nv_bfloat16)
 
 #define QUANTIZE_4BIT(name, T)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3) \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 4) \
       quantize_4bit_##name(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) { \
     quantize_blocks<NearestCode4bit>(packed, absmax, x, codebook, blocksize_shift, n);                                                          \
   }

@@ -64,23 +64,33 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
 __device__ inline bool is_updated(const Scalars& s, float grad) { return isfinite(grad) && !(s.skip_zeros && grad == 0.0f); }
 
 // A codebook of states: from codes to values, and back.
-struct Codebook {
-  // In shared memory.
-  struct Table {
-    NearestCode8bit::Table nearest;
+class Codebook {
+ public:
+  // In shared memory. Values start where the bits of a code are zero in the address.
+  struct alignas(1024) Table {
     float values[256];
+    NearestCode8bit::Table nearest;
   };
-
-  NearestCode8bit nearest;
-  const float* values;
 
   Codebook() = default;
 
   // All threads of the block call it, 256 at least; it ends with a barrier.
-  __device__ Codebook(Table& table, const float* codebook) : values(table.values) {
+  __device__ Codebook(Table& table, const float* codebook) : values_(uint32(__cvta_generic_to_shared(table.values))) {
     if (threadIdx.x < 256) table.values[threadIdx.x] = codebook[threadIdx.x];
     nearest = NearestCode8bit(table.nearest, codebook);
   }
+
+  // The value of a code.
+  __device__ float operator[](uint32 code) const {
+    float value;
+    asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(values_ | code << 2));
+    return value;
+  }
+
+  NearestCode8bit nearest;
+
+ private:
+  uint32 values_;
 };
 
 // ------------------------------------------------------------------------------------------------------------------ tensors in memory
@@ -121,15 +131,6 @@ template <class T, int kCount, bool kQuantized>
 struct Loaded {
   Eight<T> param, grad;
   typename StateFormat<kQuantized>::Loaded states[kCount];
-
-  // Whether all elements of the warp are to be updated. A sum of products with zero is zero if all factors are finite.
-  __device__ bool all_updated(const Scalars& s) const {
-    float g[8], zero = 0.0f;
-    grad.values(g);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) zero = fmaf(g[i], 0.0f, zero);
-    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
-  }
 };
 
 // Shared memory for what the lanes of a warp will have of the next unit.
@@ -181,7 +182,7 @@ struct Single {
       if (!has[k]) continue;
       const Element state = static_cast<const Element*>(tensor.states[k])[at];
       if constexpr (kQuantized) {
-        states[k] = __fmul_rn(codebooks[k].values[state], absmax[k]);
+        states[k] = __fmul_rn(codebooks[k][state], absmax[k]);
       } else {
         states[k] = state;
       }
@@ -226,8 +227,8 @@ struct Piece {
     }
   }
 
-  // Take the step, in registers.
-  __device__ void step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
+  // Take the step, in registers. Return whether it is right: whether all elements of the warp are to be updated.
+  __device__ bool step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
                        const float (&absmax)[kCount]) {
     float g[8];
     loaded.param.values(p);
@@ -236,13 +237,17 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].values[loaded.states[k][i]], absmax[k]);
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k][loaded.states[k][i]], absmax[k]);
       } else {
         loaded.states[k].values(states[k]);
       }
     }
+    float zero = 0.0f;  // a sum of products with zero is zero if all factors are finite
 #pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] *= s.gnorm_scale;
+    for (int i = 0; i < 8; ++i) {
+      zero = fmaf(g[i], 0.0f, zero);
+      g[i] *= s.gnorm_scale;
+    }
     if (s.weight_decay != 0.0f) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) g[i] = fmaf(s.weight_decay, p[i], g[i]);
@@ -257,6 +262,7 @@ struct Piece {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) states[k][i] = now[k];
     }
+    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
   }
 
   // The largest magnitudes of the warp's states, as bits.
@@ -359,7 +365,7 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
     const int64 unit = first + threadIdx.x / 32;
     which = tensor_of(table, unit, which);
     const StepTensor& tensor = table.tensors[which];
-    const int64 block = block_of(table, unit, which), start = block * blocksize, end = min(start + blocksize, abs(tensor.n));
+    const int64 block = block_of(table, unit, which), start = block * blocksize;
     const float rate = ratios ? s.lr * ratios[which] : s.lr;
     float absmax[kCount] = {};
     if constexpr (kQuantized) {
@@ -369,20 +375,21 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
       }
     }
     if (sums) {
+      const int64 end = min(start + blocksize, abs(tensor.n));
       const double2 sum = measure<T, kAlgorithm, kQuantized>(tensor, start, end, s, codebooks, absmax);
       if (threadIdx.x % 32 == 0) sums[unit] = sum;
       continue;
     }
     uint32 largest[kCount] = {};
     bool done = false;
-    if (tensor.n > 0 && end - start == kPiece) {
-      Piece<T, kAlgorithm, kQuantized> piece(tensor, start + threadIdx.x % 32 * 8);
+    if (blocksize == kPiece && (block + 1) * kPiece <= tensor.n) {
+      Piece<T, kAlgorithm, kQuantized> piece(tensor, block * kPiece + threadIdx.x % 32 * 8);
       Loaded<T, kCount, kQuantized> loaded;
       if (!copied) piece.load(loaded);
       if constexpr (kAhead) {
         if (copied) ahead.read(loaded, absmax);
         copied = false;
-        if (unit + stride < table.units && blocksize == kPiece) {
+        if (unit + stride < table.units) {
           const int later = tensor_of(table, unit + stride, which);
           const StepTensor& next = table.tensors[later];
           const int64 next_block = block_of(table, unit + stride, later), from = next_block * kPiece;
@@ -390,14 +397,16 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
           if (copied) ahead.copy(next, next_block, from + threadIdx.x % 32 * 8);
         }
       }
-      done = loaded.all_updated(s);
+      done = piece.step(loaded, s, rate, codebooks, absmax);
       if (done) {
-        piece.step(loaded, s, rate, codebooks, absmax);
         if (kQuantized) piece.compare(largest);
         piece.store(codebooks, largest);
       }
     }
-    if (!done) step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
+    if (!done) {
+      const int64 end = min(start + blocksize, abs(tensor.n));
+      step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
+    }
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
