@@ -121,9 +121,7 @@ def optimizers() -> List[Dict[str, Any]]:
                 optimizer = getattr(library, name)([param], **options)
                 for _ in range(3):
                     optimizer.step()
-                times.append(
-                    gpu_timing.event_microseconds(optimizer.step, 5, calls=100)
-                )  # so many that the first launch does not count
+                times.append(gpu_timing.event_microseconds(optimizer.step, 5, calls=20))
                 del optimizer, param
             element_bytes = 3 * dtype.itemsize + state_bytes
             rows.append(
