@@ -135,7 +135,7 @@ def taken(moved: Sequence[float], times: Sequence[float]) -> float:
     Where the larger call takes hardly longer, launches are most of both. Then all of it counts: the kernel takes more than that.
     """
     longer = times[1] - times[0]
-    return (moved[1] - moved[0]) / longer if longer > times[0] / 5 else moved[1] / times[1]
+    return (moved[1] - moved[0]) / longer if longer > times[0] / 10 else moved[1] / times[1]
 
 
 def main() -> None:
