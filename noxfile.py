@@ -245,6 +245,19 @@ def neon(session: nox.Session) -> None:
     run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
 
 
+@nox.session(name="neon-tiers")
+def neon_tiers(session: nox.Session) -> None:
+    """Run the conformance suite on the NEON backend, emulated on x86-64, in the tiers below the best; `neon` tests that one."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--no-deps", NEON)
+    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    conformance = ["pytest", "-n", "2", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "neon", "--bnb-strict"]
+    for tier in ("baseline", "dotprod"):
+        env = {"BNB_NEON_FEATURES": tier, "BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
+        session.run(*conformance, *session.posargs, env=env)
+
+
 def cross_build(session: nox.Session, *options: str) -> str:
     """Build a wheel for the session's Python into dist/, and return its path."""
     session.install("build", "pyelftools", "ziglang==0.17.1")

@@ -231,7 +231,8 @@ TEST(placement_of_optimizer_tensors) {
         check_placement(1, [&, algorithm = algorithm, states = states](Memory &memory, int64_t n, DType dtype) {
             constexpr int64_t blocksize = 64;
             Hyperparameters h{};
-            h.beta1 = h.beta2 = h.beta3 = h.momentum = 0.5;
+            h.beta1 = h.beta2 = h.beta3 = 0.5;
+            h.momentum = algorithm == Algorithm::sgd ? 0.5 : 0;  // of which others keep another state
             h.eps = 0.1;
             h.gnorm_scale = h.step = 1;
             h.max_unorm = h.lr = 0.5;
