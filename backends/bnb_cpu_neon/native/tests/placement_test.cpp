@@ -181,7 +181,7 @@ TEST(placement_of_grouped_products) {
         const Experts experts{memory.list<int32_t>({0, 3, 3, 4}), 3, memory.packed(N * K, false, 3)};
         const void *x = memory.values(dtype, tokens * K), *g = memory.values(dtype, tokens * N);
         float *scratch = memory.scratch<float>(grouped_gemm_4bit_scratch(tokens, K));
-        grouped_gemm_4bit(dtype, x, experts, N, K, memory.out(dtype, tokens * N), scratch, 1);
+        grouped_gemm_4bit(gemm_4bit, dtype, x, experts, N, K, memory.out(dtype, tokens * N), scratch, 1);
         scratch = memory.scratch<float>(gemm_4bit_transposed_scratch(tokens, N));
         grouped_gemm_4bit_transposed(dtype, g, experts, N, K, memory.out(dtype, tokens * K), scratch, 1);
     });
