@@ -339,7 +339,7 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
                      double2* sums, const Codebook* codebooks, int64 blocksize) {
   constexpr int kCount = states_of(kAlgorithm);
 #if __CUDA_ARCH__ >= 800
-  // A warp works longest where elements are small; it then has the next unit copied meanwhile.
+  // Where elements are small and states few, memory is what a warp waits for most: it has the next unit copied meanwhile.
   constexpr bool kAhead = kQuantized && sizeof(T) == 2 && kCount == 1;
 #else
   constexpr bool kAhead = false;
@@ -396,7 +396,9 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) tensor.absmax[k][block] = absmax_from(largest[k]);
+        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) {
+          tensor.absmax[k][block] = absmax_from(largest[k]);
+        }
       }
     }
   }
