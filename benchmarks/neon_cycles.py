@@ -72,8 +72,8 @@ def program(name: str) -> str:
 
 def compile_kernels(build: Path) -> None:
     """Compile the kernels for aarch64 as they are in wheels."""
-    toolchain = BACKEND / "tools/aarch64-zig.cmake"
-    environment = {**os.environ, "BNB_ZIG_PYTHON": sys.executable}
+    toolchain = BACKEND / "tools/zig.cmake"
+    environment = {**os.environ, "BNB_ZIG_PYTHON": sys.executable, "BNB_ZIG_MACHINE": "aarch64"}
     options = [f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", "-DBNB_NEON_PYTHON=OFF"]
     subprocess.run(["cmake", "-S", str(BACKEND), "-B", str(build), "-G", "Ninja", *options], check=True, env=environment)
     subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)

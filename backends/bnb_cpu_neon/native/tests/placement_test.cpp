@@ -181,7 +181,7 @@ TEST(placement_of_grouped_products) {
         const Experts experts{memory.list<int32_t>({0, 3, 3, 4}), 3, memory.packed(N * K, false, 3)};
         const void *x = memory.values(dtype, tokens * K), *g = memory.values(dtype, tokens * N);
         float *scratch = memory.scratch<float>(grouped_gemm_4bit_scratch(tokens, K));
-        grouped_gemm_4bit(dtype, x, experts, N, K, memory.out(dtype, tokens * N), scratch, 1);
+        grouped_gemm_4bit(gemm_4bit, dtype, x, experts, N, K, memory.out(dtype, tokens * N), scratch, 1);
         scratch = memory.scratch<float>(gemm_4bit_transposed_scratch(tokens, N));
         grouped_gemm_4bit_transposed(dtype, g, experts, N, K, memory.out(dtype, tokens * K), scratch, 1);
     });
@@ -231,7 +231,8 @@ TEST(placement_of_optimizer_tensors) {
         check_placement(1, [&, algorithm = algorithm, states = states](Memory &memory, int64_t n, DType dtype) {
             constexpr int64_t blocksize = 64;
             Hyperparameters h{};
-            h.beta1 = h.beta2 = h.beta3 = h.momentum = 0.5;
+            h.beta1 = h.beta2 = h.beta3 = 0.5;
+            h.momentum = algorithm == Algorithm::sgd ? 0.5 : 0;  // of which others keep another state
             h.eps = 0.1;
             h.gnorm_scale = h.step = 1;
             h.max_unorm = h.lr = 0.5;

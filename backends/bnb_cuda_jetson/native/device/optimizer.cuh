@@ -64,33 +64,23 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
 __device__ inline bool is_updated(const Scalars& s, float grad) { return isfinite(grad) && !(s.skip_zeros && grad == 0.0f); }
 
 // A codebook of states: from codes to values, and back.
-class Codebook {
- public:
-  // In shared memory. Values start where the bits of a code are zero in the address.
-  struct alignas(1024) Table {
-    float values[256];
+struct Codebook {
+  // In shared memory.
+  struct Table {
     NearestCode8bit::Table nearest;
+    float values[256];
   };
+
+  NearestCode8bit nearest;
+  const float* values;
 
   Codebook() = default;
 
   // All threads of the block call it, 256 at least; it ends with a barrier.
-  __device__ Codebook(Table& table, const float* codebook) : values_(uint32(__cvta_generic_to_shared(table.values))) {
+  __device__ Codebook(Table& table, const float* codebook) : values(table.values) {
     if (threadIdx.x < 256) table.values[threadIdx.x] = codebook[threadIdx.x];
     nearest = NearestCode8bit(table.nearest, codebook);
   }
-
-  // The value of a code.
-  __device__ float operator[](uint32 code) const {
-    float value;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(values_ | code << 2));
-    return value;
-  }
-
-  NearestCode8bit nearest;
-
- private:
-  uint32 values_;
 };
 
 // ------------------------------------------------------------------------------------------------------------------ tensors in memory
@@ -182,7 +172,7 @@ struct Single {
       if (!has[k]) continue;
       const Element state = static_cast<const Element*>(tensor.states[k])[at];
       if constexpr (kQuantized) {
-        states[k] = __fmul_rn(codebooks[k][state], absmax[k]);
+        states[k] = __fmul_rn(codebooks[k].values[state], absmax[k]);
       } else {
         states[k] = state;
       }
@@ -237,7 +227,7 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k][loaded.states[k][i]], absmax[k]);
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].values[loaded.states[k][i]], absmax[k]);
       } else {
         loaded.states[k].values(states[k]);
       }
@@ -349,7 +339,7 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
                      double2* sums, const Codebook* codebooks, int64 blocksize) {
   constexpr int kCount = states_of(kAlgorithm);
 #if __CUDA_ARCH__ >= 800
-  // A warp works longest where elements are small; it then has the next unit copied meanwhile.
+  // Where elements are small and states few, memory is what a warp waits for most: it has the next unit copied meanwhile.
   constexpr bool kAhead = kQuantized && sizeof(T) == 2 && kCount == 1;
 #else
   constexpr bool kAhead = false;
@@ -365,7 +355,7 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
     const int64 unit = first + threadIdx.x / 32;
     which = tensor_of(table, unit, which);
     const StepTensor& tensor = table.tensors[which];
-    const int64 block = block_of(table, unit, which), start = block * blocksize;
+    const int64 block = block_of(table, unit, which), start = block * blocksize, end = min(start + blocksize, abs(tensor.n));
     const float rate = ratios ? s.lr * ratios[which] : s.lr;
     float absmax[kCount] = {};
     if constexpr (kQuantized) {
@@ -375,21 +365,20 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
       }
     }
     if (sums) {
-      const int64 end = min(start + blocksize, abs(tensor.n));
       const double2 sum = measure<T, kAlgorithm, kQuantized>(tensor, start, end, s, codebooks, absmax);
       if (threadIdx.x % 32 == 0) sums[unit] = sum;
       continue;
     }
     uint32 largest[kCount] = {};
     bool done = false;
-    if (blocksize == kPiece && (block + 1) * kPiece <= tensor.n) {
-      Piece<T, kAlgorithm, kQuantized> piece(tensor, block * kPiece + threadIdx.x % 32 * 8);
+    if (tensor.n > 0 && end - start == kPiece) {
+      Piece<T, kAlgorithm, kQuantized> piece(tensor, start + threadIdx.x % 32 * 8);
       Loaded<T, kCount, kQuantized> loaded;
       if (!copied) piece.load(loaded);
       if constexpr (kAhead) {
         if (copied) ahead.read(loaded, absmax);
         copied = false;
-        if (unit + stride < table.units) {
+        if (unit + stride < table.units && blocksize == kPiece) {
           const int later = tensor_of(table, unit + stride, which);
           const StepTensor& next = table.tensors[later];
           const int64 next_block = block_of(table, unit + stride, later), from = next_block * kPiece;
@@ -403,14 +392,13 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
         piece.store(codebooks, largest);
       }
     }
-    if (!done) {
-      const int64 end = min(start + blocksize, abs(tensor.n));
-      step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
-    }
+    if (!done) step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) tensor.absmax[k][block] = absmax_from(largest[k]);
+        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) {
+          tensor.absmax[k][block] = absmax_from(largest[k]);
+        }
       }
     }
   }
