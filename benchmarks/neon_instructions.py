@@ -93,7 +93,7 @@ def main() -> None:
     conditions = {
         "cpu": arguments.cpu,
         "emulator": emulator,
-        "torch": arm.release.torch,
+        "torch": arm.release.versions["torch"],
         "peer": PEER,
         "commit": commit,
         "threads": 1,

@@ -47,16 +47,28 @@ class Call:
     Tensors are the real ones: read their shape, strides, dtype and device, never their values, which would synchronize.
     """
 
-    __slots__ = ("_arguments",)
+    __slots__ = ("_args", "_positions")
 
     def __init__(self, spec: OpSpec, args: Tuple[Any, ...]) -> None:
-        self._arguments = {parameter.name: value for parameter, value in zip(spec.parameters, args)}
+        self._positions = _positions(spec)
+        self._args = args
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self._arguments[name]
+            return self._args[self._positions[name]]
         except KeyError:
-            raise AttributeError(f"the op has no parameter {name!r}; it has {', '.join(self._arguments)}") from None
+            raise AttributeError(f"the op has no parameter {name!r}; it has {', '.join(self._positions)}") from None
+
+
+#: By op, for the spec that is given: to hash a spec takes longer than the call.
+_known_positions: Dict[str, Tuple[OpSpec, Dict[str, int]]] = {}
+
+
+def _positions(spec: OpSpec) -> Dict[str, int]:
+    known = _known_positions.get(spec.name)
+    if known is None or known[0] is not spec:
+        known = _known_positions[spec.name] = spec, {parameter.name: at for at, parameter in enumerate(spec.parameters)}
+    return known[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 
@@ -83,20 +83,27 @@ class QuantizedModule(torch.nn.Module):
 
     def _apply(self, fn: _Move, *args: Any, **kwargs: Any) -> Any:
         old, statistics = self._parameters.get("weight"), self._statistics(self.weight)
+        renewed: Optional[QuantizedParameter] = None
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal renewed
             if tensor is not old:
                 return fn(tensor)
-            # Ordinary tensors: where torch has to make a new parameter, it cannot make one of ours.
-            return fn(tensor).data if statistics is None else move_bytes(fn, tensor.data)
+            # Ordinary tensors: where torch has to make a new parameter, or swaps the old one for it, it cannot make one of ours.
+            data = fn(tensor).data if statistics is None else move_bytes(fn, tensor.data)
+            renewed = old._like(data) if isinstance(old, QuantizedParameter) else None
+            return data
 
         super()._apply(convert, *args, **kwargs)
         new = self._parameters.get("weight")
         if old is None or new is None:
             return self
-        if isinstance(old, QuantizedParameter) and not isinstance(new, QuantizedParameter):
-            renewed = self._parameters["weight"] = old._like(new.data)
-            renewed.grad, new = new.grad, renewed
+        if renewed is not None and not isinstance(new, QuantizedParameter):
+            renewed.grad = new.grad
+            if new is old:
+                torch.utils.swap_tensors(new, renewed)
+            else:
+                self._parameters["weight"] = new = renewed
         if statistics is None:
             self._adopt(new)
         else:
@@ -114,6 +121,9 @@ class QuantizedModule(torch.nn.Module):
         unexpected_keys: List[str],
         error_msgs: List[str],
     ) -> None:
+        hooks = self._load_state_dict_pre_hooks
+        for hook in hooks.values():  # which may rename entries, or load them in their own way
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         assign = local_metadata.get("assign_to_params_buffers", False)
         missing: List[str] = []
@@ -129,7 +139,11 @@ class QuantizedModule(torch.nn.Module):
         rest = {prefix + name: value for name, value in entries.items() if name not in done}
         if was_meta and not self.weight.is_meta:
             self._bring_along(rest, prefix)
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._load_state_dict_pre_hooks = type(hooks)()  # they have run
+        try:
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
         if "weight" in done and strict:
             missing_keys.remove(f"{prefix}weight")
         missing_keys.extend(prefix + name for name in missing)

@@ -9,6 +9,7 @@ import torch
 from bnb_core.errors import InvalidArgumentError
 from bnb_core.ops import checks
 from bnb_core.ops.arguments import conform
+from bnb_core.ops.layouts import Layouts
 from bnb_core.ops.outputs import Output, contiguous_strides, mark_written
 from bnb_core.ops.plain import is_plain, ordinary_execution
 from bnb_core.ops.schema import tensors_of
@@ -103,24 +104,12 @@ class StepBatch:
         self._params = params
         self._states = tuple(states)
         self._tail = (blocksize,) if op is STEP_8BIT else ()
-        self._dtype = params[0].dtype
-        self._device = params[0].device
-        self._layouts = [(param.stride(), param.numel()) for param in params]
-        self._checked = False
+        self._own = [Layouts(tensors) for tensors in (params, states[0]) if tensors]
+        self._grads: Optional[Layouts] = None
 
     def is_current(self) -> bool:
         """Say whether parameters have the layout that they had, and states are on their device still; without, make a new batch."""
-        dtype, device = self._dtype, self._device
-        for param, state, (strides, numel) in zip(self._params, self._states[0] or self._params, self._layouts):
-            if (
-                param.dtype is not dtype
-                or param.numel() != numel
-                or param.stride() != strides
-                or param.device != device
-                or state.device != device
-            ):
-                return False
-        return True
+        return all(layouts.hold_for(tensors) for layouts, tensors in zip(self._own, (self._params, self._states[0])))
 
     def step(self, grads: List[torch.Tensor], algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> None:
         """Update the parameters, which are as `is_current` wants them. The arguments are the op's.
@@ -131,33 +120,19 @@ class StepBatch:
         args = (self._params, grads, *self._states, algorithm, hyperparameters, step, lr, *self._tail)
         if not ordinary_execution():  # what a graph is made from has nothing to do with the next step
             self._op(*args)
-        elif self._checked and self._takes(grads):
+        elif self._grads is not None and self._grads.hold_for(grads):
             self._op.run_checked(*args)
         else:
             self._op(*args)
-            self._checked = self._is_direct()
+            self._grads = Layouts(grads) if self._is_direct(grads) else None
 
-    def _takes(self, grads: List[torch.Tensor]) -> bool:
-        dtype, device, strided = self._dtype, self._device, torch.strided
-        for grad, (strides, numel) in zip(grads, self._layouts):
-            if (
-                type(grad) is not torch.Tensor
-                or grad.layout is not strided
-                or grad.dtype is not dtype
-                or grad.numel() != numel
-                or grad.stride() != strides
-                or grad.device != device
-            ):
-                return False
-        return True
-
-    def _is_direct(self) -> bool:
+    def _is_direct(self, grads: List[torch.Tensor]) -> bool:
         """Say whether kernels can take the tensors as they are, without copies and without torch's dispatcher."""
-        states = [tensors for tensors in self._states[:3] if tensors]
-        if not (is_plain(self._params) and all(map(is_plain, states))):
+        aligned = [tensors for tensors in (grads, *self._states[:3]) if tensors]
+        if not (is_plain(self._params) and all(map(is_plain, aligned))):
             return False
         return all(
-            param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in states)
+            param.numel() and is_dense(param) and all(same_storage_order(tensors[i], param.stride()) for tensors in aligned)
             for i, param in enumerate(self._params)
         )
 

@@ -16,9 +16,23 @@ from bnb_core.ops.spec import OpSpec
 Output = Tuple[Sequence[Any], torch.dtype]
 
 
+#: Allocate on the CPU or on the current CUDA device, as graphs of torch.compile do: two to three times as fast as `torch.empty`,
+#: which has more arguments to read. From torch 2.2 on.
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_EMPTY_STRIDED = {name: getattr(_guards, f"_empty_strided_{name}", None) for name in ("cpu", "cuda")}
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+
+
 def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-    """Return what allocates a tensor: `torch.empty_strided` is faster than `torch.empty`, which has the strides to work out."""
-    return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
+    """Return what allocates a contiguous tensor, as fast as can be."""
+    shape, strides = tuple(shape), contiguous_strides(shape)
+    anywhere = partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+    empty_strided, index = _EMPTY_STRIDED.get(device.type), device.index
+    if empty_strided is None:
+        return anywhere
+    if device.type == "cpu":
+        return partial(empty_strided, shape, strides, dtype)
+    return lambda: empty_strided(shape, strides, dtype) if _current_device() == index else anywhere()
 
 
 def contiguous_strides(shape: Sequence[int]) -> Tuple[int, ...]:

@@ -10,7 +10,7 @@ signature. It is worked out once and kept, so that a call like an earlier one co
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter, itemgetter
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -226,7 +226,7 @@ class StructuredOp:
         kernel = dispatch.resolve(self.spec, first.device, dtype, args)
         if kernel.scratch is not None:
             size = kernel.scratch(Call(self.spec, args))
-            keywords["scratch"] = torch.empty(size, dtype=torch.uint8, device=first.device)
+            keywords["scratch"] = torch.empty(size, dtype=torch.uint8, device=first.device) if size else _no_scratch(first.device)
         kernel_args = args if self._kernel_arguments is None else self._kernel_arguments(args)
         try:
             kernel.function(*kernel_args[: kernel.arity], **keywords)
@@ -298,11 +298,18 @@ def _contiguous(args: Tuple[Any, ...]) -> Tuple[Any, ...]:
     return tuple(Nested(*map(contiguous, value)) if isinstance(value, Nested) else contiguous(value) for value in args)
 
 
+@lru_cache(maxsize=None)
+def _no_scratch(device: torch.device) -> torch.Tensor:
+    """Return a tensor without elements: to allocate one anew takes as long as to allocate memory."""
+    return torch.empty(0, dtype=torch.uint8, device=device)
+
+
 def _picker(positions: Sequence[int]) -> Callable[[Tuple[Any, ...]], Tuple[Any, ...]]:
-    """Return a function that picks these positions out of a tuple: what `itemgetter` does for two and more."""
+    """Return a function that picks these positions out of a tuple: what `itemgetter` does for two and more, or for a slice."""
     if len(positions) > 1:
         return itemgetter(*positions)
-    return lambda values: tuple(values[at] for at in positions)
+    first = positions[0] if positions else 0
+    return itemgetter(slice(first, first + len(positions)))
 
 
 def structured_op(name: str) -> StructuredOp:

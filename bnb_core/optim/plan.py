@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
@@ -18,6 +19,8 @@ from bnb_core.optim.state_formats import FORMATS, Slots, State, StateFormat, for
 
 if TYPE_CHECKING:
     from bnb_core.optim.optimizer import Optimizer
+
+_END = object()
 
 #: Options that `GlobalOptimManager` sets for some parameters, in place of their group's.
 Override = Optional[Dict[str, Any]]
@@ -80,20 +83,10 @@ class _Bucket:
         params = [local_part(member.param) for member in members]
         self._parts = [param.data_ptr() for param in params] if self._sharded else []
         self.batch = StepBatch(first.format.op, params, first.format.arguments(states, first.slots), first.blocksize)
-        keys = {"step"}.union(f"{name}{slot.number}" for slot in first.slots if slot for name in first.format.names)
-        #: The tensors that the batch was made of, to see whether the states still hold them.
-        self._kept = [(states, key, [state[key] for state in states]) for key in sorted(keys)]
 
     def is_current(self) -> bool:
-        """Say whether the states hold the tensors that the batch was made of, and parameters are as they were."""
-        try:
-            return (
-                self.batch.is_current()
-                and all(all(map(is_, [state[key] for state in states], kept)) for states, key, kept in self._kept)
-                and [local_part(param).data_ptr() for param in self._sharded] == self._parts
-            )
-        except KeyError:
-            return False
+        """Say whether parameters are as they were, and states where they were."""
+        return self.batch.is_current() and [local_part(param).data_ptr() for param in self._sharded] == self._parts
 
 
 class Plan:
@@ -119,8 +112,9 @@ class Plan:
             [(member.state, member.param.device if on_device else None) for member, on_device in zip(members, capturable)],
             optimizer.state.values(),
         )
-        self._active = [member.param for member in members]
-        self._states = [member.state for member in members]
+        #: Whose states there are, and what is in them: the tensors that batches are made of, and whatever else.
+        self._stateful = list(optimizer.state)
+        self._contents = list(_contents(optimizer))
         buckets: Dict[Tuple[Any, ...], List[_Member]] = {}
         for member in members:
             buckets.setdefault(member.key(), []).append(member)
@@ -138,7 +132,9 @@ class Plan:
             or self._idle != [grad is None for grad in grads]
             or self._capturable != [bool(group["capturable"]) for group in optimizer.param_groups]
             or self._changes != GlobalOptimManager.get_instance().changes
-            or not all(map(is_, map(optimizer.state.get, self._active), self._states))
+            or len(optimizer.state) != len(self._stateful)
+            or not all(map(is_, optimizer.state, self._stateful))
+            or not all(map(is_, _contents(optimizer), self._contents))
             or not all(bucket.is_current() for bucket in self._buckets)
         ):
             return None
@@ -156,6 +152,11 @@ class Plan:
             on_device = self._capturable[bucket.group] or not readable
             calls.append(Call(bucket.batch, gradients, hyperparameters, bucket.step, options["lr"], bucket.device, on_device))
         return calls
+
+
+def _contents(optimizer: "Optimizer") -> Iterable[Any]:
+    """List all that states hold, and an end by which a longer list differs from a shorter one."""
+    return chain(chain.from_iterable(map(dict.values, optimizer.state.values())), (_END,))
 
 
 def _members(optimizer: "Optimizer", overrides: Dict[int, Dict[str, Any]]) -> Iterable[_Member]:

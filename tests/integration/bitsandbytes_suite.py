@@ -26,7 +26,7 @@ KNOWN = [
     (
         "test_modules.py::test_linear8bitlt_no_fp16_weights",
         "2.0",
-        "reads state.idx of a module; here only matmul finds outlier columns as indices, because that waits for the device",
+        "reads state.idx of a module, which a call would have to set; here a call changes nothing in the module",
     ),
     (
         "test_modules.py::test_linear_kbit_fp32_bias",
@@ -51,7 +51,7 @@ KNOWN = [
     (
         "test_optim.py::test_optimizer32bit",
         "opt=lars",
-        "reads unorm_vec from the state; here functional.optimizer_update_32bit fills one, where it is passed",
+        "reads unorm_vec from the state, scratch memory of a step; here checkpoints have it, for bitsandbytes to load them",
     ),
     (
         "test_optim.py::test_lamb8bit_rejects_amsgrad",

@@ -129,6 +129,20 @@ def test_states_may_be_replaced_by_hand():
     torch.testing.assert_close(optimizer.state[param]["state1"], torch.full((10,), 0.1))
 
 
+def test_states_may_be_removed_by_hand():
+    params = parameters((10,), (10,))
+    give_gradients(params)
+    optimizer = optim.AdamW(params, lr=0.1)
+    optimizer.step()
+    del optimizer.state[params[1]]
+    optimizer.step()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [2, 1]
+    last = optimizer.state[params[1]]
+    last.pop([*last][-1])
+    optimizer.step()
+    assert {*last} == {*optimizer.state[params[0]]}
+
+
 def test_a_parameter_without_elements_takes_no_part():
     empty, param = parameters((0, 3), (4,))
     optimizer = optim.AdamW8bit([empty, param])

@@ -163,3 +163,32 @@ def test_through_safetensors(make, tmp_path):
     load(model, safetensors.load_file(tmp_path / "model.safetensors"))
     x = torch.randn(3, IN)
     assert torch.equal(model(x), source(x))
+
+
+@every
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_pre_hook_renames_the_entries(make, target):
+    """Hooks of the module see the checkpoint first, once, and the weight is loaded under the names that they leave."""
+    source, module, calls = make().to("cpu"), target(make), []
+
+    def rename(state_dict, prefix, *_):
+        calls.append(prefix)
+        for name in [name for name in state_dict if name.startswith(f"{prefix}old_")]:
+            state_dict[prefix + name[len(f"{prefix}old_") :]] = state_dict.pop(name)
+
+    module._register_load_state_dict_pre_hook(rename)
+    model = torch.nn.ModuleDict({"layer": module})
+    load(model, {f"layer.old_{name}": value for name, value in source.state_dict().items()}, assign=False)
+    assert calls == ["layer."]
+    assert bits(module) == bits(source)
+    assert list(module._load_state_dict_pre_hooks) != []
+
+
+@every
+def test_a_pre_hook_loads_the_weight_itself(make):
+    module, values, kept = make().to("cpu"), torch.nn.Linear(IN, OUT).state_dict(), []
+    before = bits(module)
+    module._register_load_state_dict_pre_hook(lambda state_dict, prefix, *_: kept.append(state_dict.pop(f"{prefix}weight")))
+    assert module.load_state_dict(values, strict=False).missing_keys[:1] == ["weight"]
+    assert kept[0].data_ptr() == values["weight"].data_ptr()
+    assert without_bias(bits(module)) == without_bias(before)

@@ -42,6 +42,26 @@ def test_casts_leave_the_weight_alone(make, cast, replace):
 
 
 @every
+@pytest.mark.skipif(
+    not hasattr(torch.__future__, "set_swap_module_params_on_conversion"), reason="torch has one way to move modules"
+)
+@pytest.mark.parametrize("move", CASTS.values(), ids=CASTS)
+@pytest.mark.parametrize("replace", [lambda m: m, plain_weight], ids=["parameter", "plain"])
+def test_modules_that_swap_their_parameters(make, move, replace):
+    module = replace(make().to("cpu"))
+    expected = move(copy.deepcopy(module))
+    parameter = module.weight
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        move(module)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert module.weight is parameter
+    assert type(module.weight) is type(expected.weight)
+    assert bits(module) == bits(expected)
+
+
+@every
 @pytest.mark.parametrize("replace", [lambda m: m, plain_weight], ids=["parameter", "plain"])
 def test_to_meta_and_back_from_a_checkpoint(make, replace):
     module = make().to("cpu")

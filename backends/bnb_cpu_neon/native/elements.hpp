@@ -37,7 +37,7 @@ inline float32x4_t load4(const float *p) { return vld1q_f32(p); }
 
 inline float32x4_t load4(const Half *p) { return widen_half(vld1_u16(&p->bits)); }
 
-inline float32x4_t load4(const BFloat16 *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+inline float32x4_t load4(const BFloat16 *p) { return widen_bfloat16(vld1_u16(&p->bits)); }
 
 inline void store4(float *p, float32x4_t values) { vst1q_f32(p, values); }
 

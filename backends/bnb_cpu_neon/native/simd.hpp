@@ -57,6 +57,15 @@ inline uint16x4_t narrow_to_half(float32x4_t values) {
 #endif
 }
 
+/// Four bfloat16 numbers, as bits, to float32; exact.
+inline float32x4_t widen_bfloat16(uint16x4_t bits) {
+#if defined(__aarch64__)
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+#else  // SIMDe refuses to shift by a whole element
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16));
+#endif
+}
+
 /// a / b, rounded as IEEE says; SIMDe lacks this and the next two.
 inline float32x4_t divide(float32x4_t a, float32x4_t b) {
 #if defined(__aarch64__)

@@ -44,10 +44,13 @@ def test_best_tier_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("tier", [tier for tier in TIERS if not this_cpu().lacks(tier)])
-def test_doctor_names_tier_and_threads(tier):
+def test_doctor_names_core_features_tier_and_threads(tier):
     result = run_python("from bnb_core.cli import main; main(['doctor'])", BNB_NEON_FEATURES=tier, BNB_BACKEND="neon")
     assert result.returncode == 0, result.stderr
-    assert f"tier {tier}, {torch.get_num_threads()} threads" in result.stdout
+    cpu, threads = this_cpu(), torch.get_num_threads()
+    core = os.environ.get("BNB_NEON_EXPECTED_CORE", cpu.core)
+    on = f"{core}, {' '.join(sorted(cpu.features))}" if cpu.architecture == "aarch64" else "NEON emulated on x86_64"
+    assert f"{on}, tier {tier}, {threads} thread{'s' if threads > 1 else ''}" in result.stdout
 
 
 def test_unknown_tier_makes_the_backend_unavailable():

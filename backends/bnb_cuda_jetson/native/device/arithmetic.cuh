@@ -11,13 +11,7 @@ __device__ inline float divide(float a, float b) {
 }
 
 __device__ inline float square_root(float x) {
-  float inverse;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-  const float root = x * inverse;
-  const float refined = fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
-  return x == 0.0f || isinf(x) ? x : refined;
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
 }
-
-// Have the value worked out here, whatever it is used for. Left to itself the compiler moves arithmetic into a branch where its result
-// is wanted in some cases only, and the elements of a thread then wait for each other.
-__device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }

@@ -81,6 +81,31 @@ __device__ inline void store_eight<float>(float* to, const float (&values)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
+// Sixteen bytes of elements, which one thread stores at once, and neighbouring threads next to each other. `Codes` holds their 8-bit
+// codes, `Half` their 4-bit ones.
+template <class T>
+struct Run {
+  static constexpr int kLength = 8;
+  using Codes = uint2;
+  using Half = uint32;
+
+  __device__ static void store(T* to, const float (&values)[8]) { store_eight(to, values); }
+};
+template <>
+struct Run<float> {
+  static constexpr int kLength = 4;
+  using Codes = uint32;
+  using Half = uint16;
+
+  __device__ static void store(float* to, const float (&values)[4]) {
+    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+  }
+};
+
+// One of several 8-bit codes in memory's order.
+__device__ inline uint32 code_of(uint32 codes, int i) { return codes >> (8 * i) & 255; }
+__device__ inline uint32 code_of(uint2 codes, int i) { return code_of(i < 4 ? codes.x : codes.y, i % 4); }
+
 // Eight elements as they lie in memory, `at` and following, of which there are `count` at most. They are loaded without a look at
 // them, so that all loads of a thread overlap, and converted later. `vector` says that there are eight, at a multiple of 16 bytes.
 template <class T>

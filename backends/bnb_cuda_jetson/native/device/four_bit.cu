@@ -4,80 +4,65 @@
 #include "quantize_blocks.cuh"
 #include "scales.cuh"
 
-constexpr int kThreads = 256;    // of dequantize
-constexpr int kTilesAtOnce = 4;  // tiles of eight elements a thread: loads in flight of each thread
+constexpr int kThreads = 256;   // of dequantize
+constexpr int kRunsAtOnce = 4;  // that each of them has: so many loads are under way at a time
 
-template <class T>
+template <bool kNested, class T>
 __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, const float* codebook, int blocksize_shift, int64 n) {
   // Sixteen words lie in sixteen banks of shared memory: whatever the codes, a warp looks them up in one go.
   __shared__ float table[16];
-  if (threadIdx.x < 16) table[threadIdx.x] = codebook[threadIdx.x];
-  __syncthreads();
-  const bool by_eight = reinterpret_cast<size_t>(packed) % 4 == 0 && reinterpret_cast<size_t>(out) % 16 == 0;
-  const int64 end = by_eight ? n / 8 * 8 : 0;
-  const int64 tile = int64(kThreads) * 8;
-  for (int64 start = blockIdx.x * tile * kTilesAtOnce; start < end; start += gridDim.x * tile * kTilesAtOnce) {
-    uint32 codes[kTilesAtOnce];
-    float scale[kTilesAtOnce];
+  using Codes = typename Run<T>::Half;
+  constexpr int kRun = Run<T>::kLength, kTile = kThreads * kRun * kRunsAtOnce;
+  const bool aligned = reinterpret_cast<size_t>(packed) % sizeof(Codes) == 0 && reinterpret_cast<size_t>(out) % 16 == 0;
+  const int64 tile = int64(blockIdx.x) * kTile, start = tile + threadIdx.x * kRun;
+  const bool simple = aligned && tile + kTile <= n && (!kNested || scales.nested_shift >= 0);
+  uint32 codes[kRunsAtOnce];
+  float scale[kRunsAtOnce];
+  if (simple) {
 #pragma unroll
-    for (int i = 0; i < kTilesAtOnce; ++i) {
-      const int64 at = min(start + i * tile + threadIdx.x * 8, end - 8);
-      codes[i] = *reinterpret_cast<const uint32*>(packed + at / 2);
-      scale[i] = scales[at >> blocksize_shift];
-    }
-#pragma unroll
-    for (int i = 0; i < kTilesAtOnce; ++i) {
-      const int64 at = start + i * tile + threadIdx.x * 8;
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        values[2 * j] = __fmul_rn(table[codes[i] >> (8 * j + 4) & 15], scale[i]);
-        values[2 * j + 1] = __fmul_rn(table[codes[i] >> (8 * j) & 15], scale[i]);
-      }
-      if (at < end) store_eight(out + at, values);
+    for (int i = 0; i < kRunsAtOnce; ++i) {
+      const int64 at = start + i * kThreads * kRun;
+      codes[i] = *reinterpret_cast<const Codes*>(packed + at / 2);
+      scale[i] = scales.of<kNested>(at >> blocksize_shift);
     }
   }
-  for (int64 at = end + int64(blockIdx.x) * kThreads + threadIdx.x; at < n; at += int64(gridDim.x) * kThreads) {
-    const int code = packed[at / 2] >> (at % 2 ? 0 : 4) & 15;
-    out[at] = from_float<T>(__fmul_rn(table[code], scales[at >> blocksize_shift]));
+  if (threadIdx.x < 16) table[threadIdx.x] = codebook[threadIdx.x];
+  __syncthreads();
+  if (simple) {
+#pragma unroll
+    for (int i = 0; i < kRunsAtOnce; ++i) {
+      float values[kRun];
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) values[j] = __fmul_rn(table[codes[i] >> (4 * (j ^ 1)) & 15], scale[i]);
+      Run<T>::store(out + start + i * kThreads * kRun, values);
+    }
+  } else {
+#pragma unroll 1
+    for (int64 at = tile + threadIdx.x; at < min(tile + kTile, n); at += kThreads) {
+      const int code = packed[at / 2] >> (at % 2 ? 0 : 4) & 15;
+      out[at] = from_float<T>(__fmul_rn(table[code], scales.of<kNested>(at >> blocksize_shift)));
+    }
   }
 }
 
-#define DEQUANTIZE_4BIT(name, T)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                                         \
+#define DEQUANTIZE_4BIT(name, T)                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                                        \
       dequantize_4bit_##name(T* out, const uint8* packed, Scales scales, const float* codebook, int blocksize_shift, int64 n) { \
-    dequantize(out, packed, scales, codebook, blocksize_shift, n);                                                          \
+    if (scales.nested()) {                                                                                                      \
+      dequantize<true>(out, packed, scales, codebook, blocksize_shift, n);                                                      \
+    } else {                                                                                                                    \
+      dequantize<false>(out, packed, scales, codebook, blocksize_shift, n);                                                     \
+    }                                                                                                                           \
   }
 
 DEQUANTIZE_4BIT(float32, float)
 DEQUANTIZE_4BIT(float16, __half)
 DEQUANTIZE_4BIT(bfloat16, __nv_bfloat16)
 
-template <class T>
-__device__ void quantize(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {
-  __shared__ NearestCode4bit table;
-  table.build(codebook);
-  const bool aligned = reinterpret_cast<size_t>(packed) % 8 == 0;
-  quantize_blocks(x, table, absmax, blocksize_shift, n, [=](int64 at, const uint32(&codes)[kPerThread]) {
-    uint32 pairs[8];  // in the lowest byte
-#pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = codes[2 * i] << 4 | codes[2 * i + 1] & 15;
-    const uint32 words[2] = {pack_bytes(pairs[0], pairs[1], pairs[2], pairs[3]), pack_bytes(pairs[4], pairs[5], pairs[6], pairs[7])};
-    if (at + kPerThread <= n && aligned) {
-      *reinterpret_cast<uint2*>(packed + at / 2) = make_uint2(words[0], words[1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (at + 2 * i < n) packed[at / 2 + i] = words[i / 4] >> (i % 4 * 8);
-      }
-    }
-  });
-}
-
-#define QUANTIZE_4BIT(name, T)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3)                                                        \
+#define QUANTIZE_4BIT(name, T)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 4)                                                         \
       quantize_4bit_##name(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) { \
-    quantize(packed, absmax, x, codebook, blocksize_shift, n);                                                          \
+    quantize_blocks<NearestCode4bit>(packed, absmax, x, codebook, blocksize_shift, n);                                      \
   }
 
 QUANTIZE_4BIT(float32, float)

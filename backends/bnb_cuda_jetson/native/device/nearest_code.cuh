@@ -1,226 +1,206 @@
-// The exact nearest code of a value, with one look-up for nearly every value.
+// The exact nearest code of a value, with one look-up and one addition for nearly every value.
 //
-// The code is that of the entry whose rank is the number of midpoints strictly below the value. The leading bits of the value name a
-// bucket. In the buckets of any sensible codebook lies at most one midpoint, and a value there is on the midpoint's far side from zero
-// if its remaining bits are larger. So a bucket is a word: the midpoint's remaining bits, above those that say what the code is on
-// either side. Where more than one midpoint lies in a bucket, the word says so, and the midpoints are searched. Tables are made from
-// the codebook by each block of threads: they depend on its contents alone.
-//
-// Values are at most 1 in magnitude, but for rounding.
+// The code is that of the entry whose rank is the number of midpoints strictly below the value. Keys are integers in the order of the
+// values; their leading bits name a bucket. In the buckets of any sensible codebook lies at most one midpoint. A bucket is a word,
+// made so that the sum of the word and the key of a value has the value's rank in the highest byte: what is below carries into it if
+// the key is larger than the midpoint's. Where more than one midpoint lies in a bucket, the word says so, and the midpoints are
+// searched. Tables are made from the codebook by each block of threads: they depend on its contents alone.
 #pragma once
 
+#include "blocks.cuh"
 #include "floats.cuh"
 
-// A codebook in order: rank is by value, then by code.
-template <int kEntries>
-struct Ranking {
-  float values[kEntries];     // by code
-  float midpoints[kEntries];  // by rank; one fewer is used
-  uint8 codes[kEntries];      // by rank
-  bool sorted;                // codes are ranks
-  bool has_negative;          // a midpoint is negative
+// The highest bytes of four words, the first in the lowest.
+__device__ inline uint32 highest_bytes(uint32 first, uint32 second, uint32 third, uint32 fourth) {
+  return __byte_perm(__byte_perm(first, second, 0x0073), __byte_perm(third, fourth, 0x0073), 0x5410);
+}
+
+// kBits: bits of the mantissa that name a bucket, one more where no midpoint is negative.
+template <int kEntries, int kBits>
+class NearestCode {
+ public:
+  // In shared memory.
+  struct Table {
+    uint32 words[2 * ((25 << kBits) + 1)];
+    float midpoints[kEntries];  // by rank; the last is infinity
+    uint8 codes[kEntries];      // by rank
+  };
+
+  NearestCode() = default;
 
   // All threads of the block call it, kEntries at least; it ends with a barrier.
-  __device__ void build(const float* codebook) {
+  __device__ NearestCode(Table& table, const float* codebook) : table_(&table) {
     const int thread = threadIdx.x;
     const float value = thread < kEntries ? codebook[thread] : 0.0f;
-    const bool all_in_order = __syncthreads_and(thread + 1 >= kEntries || value <= codebook[thread + 1]);
+    kind_ = __syncthreads_and(thread + 1 >= kEntries || value <= codebook[thread + 1]) ? kSorted : 0;
     if (thread < kEntries) {
       int rank = thread;
-      if (!all_in_order) {
+      if (!is(kSorted)) {
         rank = 0;
 #pragma unroll 1
         for (int i = 0; i < kEntries; ++i) rank += codebook[i] < value || (codebook[i] == value && i < thread);
       }
-      values[thread] = value;
-      codes[rank] = thread;
+      table.midpoints[rank] = value;
+      table.codes[rank] = thread;
     }
     __syncthreads();
-    bool negative = false;
+    float midpoint = __int_as_float(kInfinityBits);
     if (thread + 1 < kEntries) {
-      // The sum with zero makes a negative zero positive: the order of the bits is then that of the values.
-      const float midpoint = __fadd_rn(__fmul_rn(__fadd_rn(values[codes[thread]], values[codes[thread + 1]]), 0.5f), 0.0f);
-      midpoints[thread] = midpoint;
-      negative = midpoint < 0.0f;
+      // The sum with zero makes a negative zero positive: the order of the keys is then that of the values.
+      midpoint = __fadd_rn(__fmul_rn(__fadd_rn(table.midpoints[thread], table.midpoints[thread + 1]), 0.5f), 0.0f);
     }
-    const bool some_negative = __syncthreads_or(negative);
-    if (thread == 0) {
-      sorted = all_in_order;
-      has_negative = some_negative;
-    }
+    if (__syncthreads_or(midpoint < 0.0f)) kind_ |= kSigned;
+    if (thread < kEntries) table.midpoints[thread] = midpoint;
+    const bool tiny = __syncthreads_or(fabsf(midpoint) < kSmall && midpoint != 0.0f);
+    const bool crowded = thread + 1 < kEntries && bucket(midpoint) == bucket(table.midpoints[thread + 1]);
+    if (__syncthreads_or(crowded || midpoint == 0.0f) || tiny) kind_ |= kCareful;
+    is(kSigned) ? fill<true>(table, tiny) : fill<false>(table, tiny);
     __syncthreads();
   }
 
+  // Codes of eight elements as they lie in memory.
+  static constexpr int kPerByte = kEntries == 16 ? 2 : 1;
+  static constexpr int kWords = 2 / kPerByte;
+
+  // The codes of values whose block has an absmax of the bits `largest`.
+  template <int kEights>
+  __device__ void find(const float (&values)[kEights][8], uint32 largest, uint32 (&words)[kEights * kWords]) const {
+    if (largest < kOrdinaryBits && !is(kCareful)) {
+      const float scale = reciprocal(__uint_as_float(max(largest, kFloorBits))) * kDown;
+#pragma unroll
+      for (int i = 0; i < kEights; ++i) {
+        uint32 codes[8];
+        is(kSigned) ? look_up<true, false>(values[i], scale, codes) : look_up<false, false>(values[i], scale, codes);
+        if (!is(kSorted)) from_ranks(codes);
+        pack(codes, words + i * kWords);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEights; ++i) find_carefully(values[i], largest, words + i * kWords);
+    }
+  }
+
+  // The code of one value, searched. `scale` is scale_from(largest).
+  __device__ uint32 code(float value, uint32 largest, float scale) const {
+    return table_->codes[below(largest < kInfinityBits ? __fmul_rn(value, scale) : 0.0f)];
+  }
+
+ private:
+  // What kind of codebook it is, in bits.
+  static constexpr int kSorted = 1;   // codes are ranks
+  static constexpr int kSigned = 2;   // a midpoint is negative
+  static constexpr int kCareful = 4;  // not every code can be looked up
+
+  static constexpr float kSmall = 5.960464477539063e-08f;  // 2^-24: less than half of any entry of bitsandbytes' dynamic maps
+  static constexpr float kDown = 1.9721522630525295e-31f;  // 2^-102: takes 2^-24 to the smallest number that is not subnormal
+  static constexpr float kUp = 5.070602400912918e+30f;     // 2^102
+  static constexpr int kSmallKey = 0x00800000;             // the key of 2^-24
+  static constexpr uint32 kOrdinaryBits = 0x4b800000;      // 2^24: below it, the scale times kDown is not subnormal either
+  static constexpr uint32 kSearch = 0xffffffff;            // in place of a word
+
+  __device__ bool is(int kind) const { return kind_ & kind; }
+
+  // The bits of a key below those that name its bucket.
+  __device__ int shift() const { return is(kSigned) ? 23 - kBits : 22 - kBits; }
+
+  // The key of a value that has been multiplied by kDown: a number of less than 2^24 subnormal values, and octaves from there.
+  template <bool kIsSigned>
+  __device__ static int key(float scaled) {
+    const int bits = __float_as_int(scaled);
+    return kIsSigned ? bits ^ (bits >> 31 & 0x7fffffff) : max(bits, 0);
+  }
+
+  __device__ int bucket(float value) const {
+    return (is(kSigned) ? key<true>(__fmul_rn(value, kDown)) : key<false>(__fmul_rn(value, kDown))) >> shift();
+  }
+
+  // Make the words of all buckets. Each thread takes neighbours, so that it meets the midpoints in order.
+  template <bool kIsSigned>
+  __device__ void fill(Table& table, bool tiny) const {
+    constexpr int kShift = kIsSigned ? 23 - kBits : 22 - kBits, kSide = (25 << kBits) + 1, kFirst = kIsSigned ? -kSide : 0;
+    const int each = (2 * kSide + blockDim.x - 1) / blockDim.x;
+    int at = kFirst + int(threadIdx.x) * each;
+    const int last = min(at + each, kFirst + 2 * kSide), start = at * (1 << kShift);
+    uint32 rank = below(__fmul_rn(__int_as_float(start < 0 ? start ^ 0x7fffffff : start), kUp));
+    int next = key<kIsSigned>(__fmul_rn(table.midpoints[rank], kDown));
+#pragma unroll 1
+    for (; at < last; ++at) {
+      const int low = at * (1 << kShift);
+      uint32 word = (rank << 24) - low;
+      if (next >> kShift == at) {
+        word = (++rank << 24) - next - 1;
+        while ((next = key<kIsSigned>(__fmul_rn(table.midpoints[rank], kDown))) >> kShift == at) word = kSearch, ++rank;
+      }
+      // Below 2^-24 keys are rounded, so midpoints are searched there, and next to it.
+      table.words[at - kFirst] = tiny && abs(low) <= kSmallKey + (1 << kShift) ? kSearch : word;
+    }
+  }
+
+  // Look the ranks up, which are in the highest byte. Return whether they must be searched instead, which only a careful look
+  // finds out.
+  template <bool kIsSigned, bool kIsCareful>
+  __device__ bool look_up(const float (&values)[8], float scale, uint32 (&ranks)[8]) const {
+    constexpr int kShift = kIsSigned ? 23 - kBits : 22 - kBits;
+    const uint32* const words = table_->words + (kIsSigned ? (25 << kBits) + 1 : 0);
+    bool exact = false;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float scaled = __fmul_rn(values[i], scale);
+      const int where = key<kIsSigned>(scaled);
+      const uint32 word = words[where >> kShift];
+      ranks[i] = word + where;
+      // A value may be above a midpoint of zero although what it has been scaled to is not.
+      if (kIsCareful) exact |= (word == kSearch) | (scaled == 0.0f) & (values[i] != 0.0f);
+    }
+    return exact;
+  }
+
+  __device__ void from_ranks(uint32 (&codes)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) codes[i] = table_->codes[codes[i] >> 24] << 24;
+  }
+
+  // From the highest bytes.
+  __device__ static void pack(const uint32 (&codes)[8], uint32* words) {
+    if (kPerByte == 2) {  // the first of two is in the high half
+      words[0] = highest_bytes(codes[0], codes[2], codes[4], codes[6]) * 16 + highest_bytes(codes[1], codes[3], codes[5], codes[7]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) words[i] = highest_bytes(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
+    }
+  }
+
+  __device__ void find_carefully(const float (&values)[8], uint32 largest, uint32* words) const {
+    uint32 codes[8];
+    bool exact = largest >= kOrdinaryBits;
+    if (!exact) {
+      const float scale = reciprocal(__uint_as_float(max(largest, kFloorBits))) * kDown;
+      exact = is(kSigned) ? look_up<true, true>(values, scale, codes) : look_up<false, true>(values, scale, codes);
+    }
+    if (exact) {
+      const float scale = scale_from(largest);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) codes[i] = code(values[i], largest, scale) << 24;
+    } else {
+      from_ranks(codes);
+    }
+    pack(codes, words);
+  }
+
   // How many midpoints are strictly below a value: its rank.
-  __device__ int below(float value) const {
+  __device__ uint32 below(float value) const {
     int count = 0;
 #pragma unroll 1
     for (int step = kEntries / 2; step > 0; step /= 2) {
-      if (midpoints[count + step - 1] < value) count += step;
+      if (table_->midpoints[count + step - 1] < value) count += step;
     }
     return count;
   }
 
-  // The same, from the rank of a neighbouring value.
-  __device__ int below(float value, int rank) const {
-    while (rank < kEntries - 1 && midpoints[rank] < value) ++rank;
-    while (rank > 0 && !(midpoints[rank - 1] < value)) --rank;
-    return rank;
-  }
-
-  // Ranks at the two ends of a bucket, whose magnitudes have the bits `low` to `last`. The midpoints in between are inside it.
-  // `near` is a rank not far from them.
-  __device__ int2 ends(bool negative, uint32 low, uint32 last, int near) const {
-    const int from = below(negative ? -__uint_as_float(last) : __uint_as_float(low), near);
-    return make_int2(from, below(negative ? -__uint_as_float(low) : __uint_as_float(last + 1), from));
-  }
+  const Table* table_;
+  int kind_;
 };
 
-// For 16 entries: sign, exponent and three bits of the mantissa name a bucket. That is finer than the gaps of NF4 and FP4.
-class NearestCode4bit {
- public:
-  __device__ void build(const float* codebook) {
-    ranking_.build(codebook);
-    const uint32 small = bucket(false, 0, kSmall - 1), small_negative = bucket(true, 0, kSmall - 1);
-    for (int at = threadIdx.x; at < kBuckets; at += blockDim.x) {
-      const uint32 low = uint32(at) << kShift & 0x7fffffffu;
-      const bool negative = at >= kBuckets / 2;
-      const bool ordinary = low >= kSmall && low < kTwo;
-      words_[at] = ordinary ? bucket(negative, low, low | ((1u << kShift) - 1)) : negative ? small_negative : small;
-    }
-    __syncthreads();
-  }
-
-  static constexpr bool kTakesNan = true;
-
-  // The codes of some values, in the lowest 4 bits; that of 0 for NaN.
-  template <int kCount>
-  __device__ void find(const float (&values)[kCount], uint32 (&codes)[kCount]) const {
-    uint32 search = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint32 bits = __float_as_uint(values[i]), word = words_[bits >> kShift];
-      codes[i] = bits << (32 - kShift) > word ? word >> 4 : word;
-      search |= word;
-    }
-    if (search & kSearch) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) codes[i] = ranking_.codes[ranking_.below(isnan(values[i]) ? 0.0f : values[i])];
-    }
-  }
-
- private:
-  static constexpr int kShift = 20, kBuckets = 1 << (32 - kShift);
-  static constexpr uint32 kSmall = 0x37800000;  // 2^-16: smaller values are one bucket
-  static constexpr uint32 kTwo = 0x40000000;    // values never reach it, but for NaN, which falls to the small ones
-  static constexpr uint32 kSearch = 1u << 8;    // below it: the code nearer to zero, and above that the other
-
-  // The words for small magnitudes must be right for any remaining bits.
-  __device__ uint32 bucket(bool negative, uint32 low, uint32 last) const {
-    const int2 ranks = ranking_.ends(negative, low, last, 8);
-    const uint32 from = ranking_.codes[ranks.x], to = ranking_.codes[ranks.y];
-    const uint32 never = 0xffffffffu << (32 - kShift);  // no value's remaining bits are larger
-    if (ranks.x == ranks.y) return never | from;
-    if (ranks.y - ranks.x > 1 || low == 0) return kSearch;
-    const uint32 midpoint = __float_as_uint(ranking_.midpoints[ranks.x]) << (32 - kShift);
-    // A negative value that equals the midpoint is on its far side.
-    return negative ? (midpoint - (1u << (32 - kShift))) | from << 4 | to : midpoint | to << 4 | from;
-  }
-
-  uint32 words_[kBuckets];
-  Ranking<16> ranking_;
-};
-
-// For 256 entries: the same with more bits of the mantissa, but only for magnitudes from 2^-24, which is less than half the smallest
-// entry of bitsandbytes' dynamic maps. Codebooks without negative midpoints get one bit more and no buckets for negative values.
-class NearestCode8bit {
- public:
-  __device__ void build(const float* codebook) {
-    ranking_.build(codebook);
-    const Layout layout(ranking_.has_negative);
-    const int sides = ranking_.has_negative ? 2 : 1;
-    // Each thread takes neighbouring buckets, whose ranks are near to each other.
-    const int buckets = sides * layout.count, each = (buckets + blockDim.x - 1) / blockDim.x, first = threadIdx.x * each;
-    int near = 128;
-#pragma unroll 1
-    for (int i = first; i < min(first + each, buckets); ++i) {
-      const bool negative = i >= layout.count;
-      if (i == first) near = ranking_.below((negative ? -1.0f : 1.0f) * __uint_as_float(layout.low(i % layout.count)));
-      words_[i] = bucket(layout, i % layout.count, negative, near);
-    }
-    __syncthreads();
-  }
-
-  // The value of a code.
-  __device__ float value(uint32 code) const { return ranking_.values[code]; }
-
-  static constexpr bool kTakesNan = false;
-
-  // The codes of some values, which must not be NaN, in the lowest 8 bits.
-  template <int kCount>
-  __device__ void find(const float (&values)[kCount], uint32 (&codes)[kCount]) const {
-    const Layout layout(ranking_.has_negative);
-    const uint32* const words = words_ - layout.first;
-    uint32 search = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint32 bits = __float_as_uint(values[i]);
-      const int sign = int(bits) >> 31;
-      const uint32 word = words[max(int(bits & layout.magnitude) >> layout.shift, layout.first) + sign * layout.negative_side];
-      // Further down on the negative side is a larger magnitude, so its bits are taken inverted.
-      codes[i] = (bits ^ sign) << (32 - layout.shift) > word ? word + 1 : word;
-      search |= word;
-    }
-    if (search & kSearch) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) codes[i] = ranking_.below(values[i]);
-    }
-    if (!ranking_.sorted) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) codes[i] = ranking_.codes[codes[i] & 255];
-    }
-  }
-
- private:
-  static constexpr int kOctaves = 24, kBits = 7;
-  static constexpr uint32 kSearch = 1u << 8;  // below it: the rank at the bucket's lower end
-
-  // Where the buckets lie.
-  struct Layout {
-    int shift, first, count, negative_side;
-    uint32 magnitude;
-
-    __device__ explicit Layout(bool is_signed) {
-      const int bits = is_signed ? kBits - 1 : kBits;
-      shift = 23 - bits;
-      // A bucket for all smaller magnitudes, those of the octaves, and one for 1.
-      count = (kOctaves << bits) + 2;
-      first = (127 << bits) - count + 1;
-      negative_side = is_signed ? -count : 0;  // as a factor of the sign, which is -1
-      magnitude = is_signed ? 0x7fffffffu : 0xffffffffu;  // with its sign, a negative value falls below the first bucket
-    }
-
-    // The smallest magnitude of a bucket, as bits.
-    __device__ uint32 low(int at) const { return at ? uint32(first + at) << shift : 0; }
-  };
-
-  // `near` is a rank not far from the bucket's, and becomes one of them.
-  __device__ uint32 bucket(const Layout& layout, int at, bool negative, int& near) const {
-    const uint32 low = layout.low(at);
-    const int2 ranks = ranking_.ends(negative, low, layout.low(at + 1) - 1, near);
-    near = ranks.x;
-    const uint32 never = 0xffffffffu << (32 - layout.shift);  // no value's remaining bits are larger
-    if (ranks.x == ranks.y) return never | ranks.x;
-    if (ranks.y - ranks.x > 1 || low == 0) return kSearch;
-    const uint32 midpoint = __float_as_uint(ranking_.midpoints[ranks.x]);
-    return (negative ? ~midpoint : midpoint) << (32 - layout.shift) | ranks.x;
-  }
-
-  uint32 words_[(kOctaves << kBits) + 4];
-  Ranking<256> ranking_;
-};
-
-// Four codes of 8 bits, the first in the lowest. What else is in the words is left out.
-__device__ inline uint32 pack_bytes(uint32 first, uint32 second, uint32 third, uint32 fourth) {
-  return __byte_perm(__byte_perm(first, second, 0x0040), __byte_perm(third, fourth, 0x0040), 0x5410);
-}
+// NF4 and FP4 need no more than two bits.
+using NearestCode4bit = NearestCode<16, 2>;
+using NearestCode8bit = NearestCode<256, 6>;

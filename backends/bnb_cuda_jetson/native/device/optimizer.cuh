@@ -1,12 +1,13 @@
-// Optimizer steps. A warp takes a unit of work at a time: a block of a tensor whose states are quantized, or else 256 elements. Each
-// lane holds eight elements with their states in registers from the loads to the stores.
+// Optimizer steps. A warp takes a unit of work at a time, whose lanes hold eight elements each with their states in registers from the
+// loads to the stores.
 #pragma once
 
 #include "arithmetic.cuh"
+#include "blocks.cuh"
+#include "copy_ahead.cuh"
 #include "floats.cuh"
 #include "nearest_code.cuh"
 #include "optimizer.h"
-#include "quantize_blocks.cuh"
 
 constexpr int kPiece = 256;        // elements that a warp has in registers
 
@@ -60,67 +61,49 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
   }
 }
 
-// The gradient that the algorithm gets.
-__device__ inline float prepared(const Scalars& s, float grad, float param) {
-  const float scaled = grad * s.gnorm_scale;
-  float decayed = fmaf(s.weight_decay, param, scaled);
-  settle(decayed);
-  return s.weight_decay != 0.0f ? decayed : scaled;
-}
-
 __device__ inline bool is_updated(const Scalars& s, float grad) { return isfinite(grad) && !(s.skip_zeros && grad == 0.0f); }
 
-__device__ inline uint32 largest_of_warp(uint32 largest) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(0xffffffffu, largest);
-#else
-  for (int distance = 16; distance > 0; distance /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-  return largest;
-#endif
-}
+// A codebook of states: from codes to values, and back.
+struct Codebook {
+  // In shared memory.
+  struct Table {
+    NearestCode8bit::Table nearest;
+    float values[256];
+  };
+
+  NearestCode8bit nearest;
+  const float* values;
+
+  Codebook() = default;
+
+  // All threads of the block call it, 256 at least; it ends with a barrier.
+  __device__ Codebook(Table& table, const float* codebook) : values(table.values) {
+    if (threadIdx.x < 256) table.values[threadIdx.x] = codebook[threadIdx.x];
+    nearest = NearestCode8bit(table.nearest, codebook);
+  }
+};
 
 // ------------------------------------------------------------------------------------------------------------------ tensors in memory
 
-// What a warp works on: elements of one tensor.
-struct Unit {
-  const StepTensor& tensor;
-  int64 block, start, end;
-  bool aligned;  // eight elements from a multiple of eight have addresses for vector loads
+// The tensor that a unit of work is of, which is not before tensor `which`. A unit is a block of a tensor whose states are quantized,
+// or else 256 elements.
+__device__ inline int tensor_of(const StepTensors& table, int64 unit, int which) {
+  while (unit >= table.tensors[which].end) ++which;
+  return which;
+}
 
-  __device__ Unit(const StepTensor& tensor, int64 block, int64 blocksize)
-      : tensor(tensor), block(block), start(block * blocksize), aligned(tensor.n > 0 && blocksize % 8 == 0) {
-    end = min(start + blocksize, abs(tensor.n));
-  }
-};
+// The number of a unit within its tensor.
+__device__ inline int64 block_of(const StepTensors& table, int64 unit, int which) {
+  return unit - (which ? table.tensors[which - 1].end : 0);
+}
 
-// Eight codes as they lie in memory; otherwise as `Eight`.
+// Eight codes as they lie in memory.
 struct EightCodes {
   uint2 words;
 
-  __device__ void load(const uint8* from, int64 at, int64 count, bool vector) {
-    if (vector) {
-      words = *reinterpret_cast<const uint2*>(from + at);
-    } else {
-      words = make_uint2(0, 0);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) (i < 4 ? words.x : words.y) |= i < count ? uint32(from[at + i]) << (i % 4 * 8) : 0;
-    }
-  }
-
-  __device__ uint32 operator[](int i) const { return (i < 4 ? words.x : words.y) >> (i % 4 * 8) & 255; }
+  __device__ void load(const uint8* from, int64 at) { words = *reinterpret_cast<const uint2*>(from + at); }
+  __device__ uint32 operator[](int i) const { return code_of(words, i); }
 };
-
-__device__ inline void store_codes(uint8* to, int64 at, int64 count, bool vector, const uint32 (&codes)[8]) {
-  if (vector) {
-    *reinterpret_cast<uint2*>(to + at) = make_uint2(pack_bytes(codes[0], codes[1], codes[2], codes[3]),
-                                                    pack_bytes(codes[4], codes[5], codes[6], codes[7]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) to[at + i] = codes[i];
-    }
-  }
-}
 
 template <bool kQuantized>
 struct StateFormat {
@@ -133,164 +116,214 @@ struct StateFormat<true> {
   using Loaded = EightCodes;
 };
 
-// What a lane has of a unit: eight elements at most, with their states.
+// What a lane has of a unit as it lies in memory.
+template <class T, int kCount, bool kQuantized>
+struct Loaded {
+  Eight<T> param, grad;
+  typename StateFormat<kQuantized>::Loaded states[kCount];
+};
+
+// Shared memory for what the lanes of a warp will have of the next unit.
+template <class T, int kCount>
+struct Ahead {
+  uint4 params[32], grads[32];
+  uint2 states[kCount][32];
+  float absmax[kCount][32];
+
+  __device__ void copy(const StepTensor& tensor, int64 block, int64 at) {
+    const int lane = threadIdx.x % 32;
+    copy_ahead<16>(&params[lane], static_cast<const T*>(tensor.param) + at);
+    copy_ahead<16>(&grads[lane], static_cast<const T*>(tensor.grad) + at);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      copy_ahead<8>(&states[k][lane], static_cast<const uint8*>(tensor.states[k]) + at);
+      copy_ahead<4>(&absmax[k][lane], tensor.absmax[k] + block);
+    }
+    end_copies();
+  }
+
+  // Each lane reads what it has copied.
+  __device__ void read(Loaded<T, kCount, true>& loaded, float (&scales)[kCount]) {
+    const int lane = threadIdx.x % 32;
+    wait_for_copies<0>();
+    loaded.param.words[0] = params[lane];
+    loaded.grad.words[0] = grads[lane];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      loaded.states[k].words = states[k][lane];
+      scales[k] = absmax[k][lane];
+    }
+  }
+};
+
+// One element with its states.
+template <class T, int kAlgorithm, bool kQuantized>
+struct Single {
+  using Element = typename StateFormat<kQuantized>::Element;
+
+  float p, g, states[kStates] = {};
+  bool has[kStates] = {};
+
+  __device__ Single(const StepTensor& tensor, int64 at, const Codebook* codebooks, const float (&absmax)[states_of(kAlgorithm)])
+      : p(to_float(static_cast<const T*>(tensor.param)[at])), g(to_float(static_cast<const T*>(tensor.grad)[at])) {
+#pragma unroll
+    for (int k = 0; k < states_of(kAlgorithm); ++k) {
+      has[k] = tensor.states[k];
+      if (!has[k]) continue;
+      const Element state = static_cast<const Element*>(tensor.states[k])[at];
+      if constexpr (kQuantized) {
+        states[k] = __fmul_rn(codebooks[k].values[state], absmax[k]);
+      } else {
+        states[k] = state;
+      }
+    }
+  }
+
+  // Bring the states up to date, and return the direction; 0 where nothing is to change.
+  __device__ float direction(const Scalars& s) {
+    if (!is_updated(s, g)) return 0.0f;
+    const float scaled = g * s.gnorm_scale;
+    return update<kAlgorithm>(s, s.weight_decay != 0.0f ? fmaf(s.weight_decay, p, scaled) : scaled, states, has);
+  }
+};
+
+// Eight elements, in registers with their states.
 template <class T, int kAlgorithm, bool kQuantized>
 struct Piece {
   static constexpr int kCount = states_of(kAlgorithm);
-  using Format = StateFormat<kQuantized>;
 
-  const Unit& unit;
-  int64 at;
-  int count;
-  bool vector, has[kStates];
+  const StepTensor& tensor;
+  const int64 at;
+  bool has[kStates];
   float p[8], states[kCount][8];
 
-  __device__ Piece(const Unit& unit, int64 start) : unit(unit) {
-    at = start + threadIdx.x % 32 * 8;
-    count = int(max(min(unit.end - at, int64(8)), int64(0)));
-    vector = unit.aligned && count == 8;
+  __device__ Piece(const StepTensor& tensor, int64 at) : tensor(tensor), at(at) {
 #pragma unroll
-    for (int k = 0; k < kStates; ++k) has[k] = always_has(kAlgorithm, k) || (k < kCount && unit.tensor.states[k]);
+    for (int k = 0; k < kStates; ++k) has[k] = always_has(kAlgorithm, k) || (k < kCount && tensor.states[k]);
   }
 
-  // Take the step, in registers.
-  __device__ void step(const Scalars& s, float rate, const NearestCode8bit* codebooks, const float (&absmax)[kCount]) {
-    Eight<T> param, grad;
-    typename Format::Loaded loaded[kCount];
-    if (vector) {
-      load(param, grad, loaded, true);
-    } else {
-      load(param, grad, loaded, false);
+  __device__ void load(Loaded<T, kCount, kQuantized>& loaded) const {
+    loaded.param.load(static_cast<const T*>(tensor.param), at, 8, true);
+    loaded.grad.load(static_cast<const T*>(tensor.grad), at, 8, true);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      loaded.states[k] = {};
+      if (!has[k]) continue;
+      if constexpr (kQuantized) {
+        loaded.states[k].load(static_cast<const uint8*>(tensor.states[k]), at);
+      } else {
+        loaded.states[k].load(static_cast<const float*>(tensor.states[k]), at, 8, true);
+      }
     }
+  }
+
+  // Take the step, in registers. Return whether it is right: whether all elements of the warp are to be updated.
+  __device__ bool step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
+                       const float (&absmax)[kCount]) {
     float g[8];
-    param.values(p);
-    grad.values(g);
+    loaded.param.values(p);
+    loaded.grad.values(g);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].value(loaded[k][i]), absmax[k]);
-        if (!vector) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) states[k][i] = i < count ? states[k][i] : 0.0f;  // which does not raise the absmax
-        }
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].values[loaded.states[k][i]], absmax[k]);
       } else {
-        loaded[k].values(states[k]);
+        loaded.states[k].values(states[k]);
       }
+    }
+    float zero = 0.0f;  // a sum of products with zero is zero if all factors are finite
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      zero = fmaf(g[i], 0.0f, zero);
+      g[i] *= s.gnorm_scale;
+    }
+    if (s.weight_decay != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) g[i] = fmaf(s.weight_decay, p[i], g[i]);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float after[kStates] = {};
+      float now[kStates] = {};
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) after[k] = states[k][i];
-      const float direction = update<kAlgorithm>(s, prepared(s, g[i], p[i]), after, has);
-      float moved = fmaf(-rate, direction, p[i] * s.decay);
-      settle(moved);
-      const bool updated = is_updated(s, g[i]);
-      if (updated) p[i] = moved;
+      for (int k = 0; k < kCount; ++k) now[k] = states[k][i];
+      const float direction = update<kAlgorithm>(s, g[i], now, has);
+      p[i] = fmaf(-rate, direction, p[i] * s.decay);
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        settle(after[k]);
-        if (updated) states[k][i] = after[k];
-      }
+      for (int k = 0; k < kCount; ++k) states[k][i] = now[k];
     }
+    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
   }
 
-  // Include the states' magnitudes in `largest`.
+  // The largest magnitudes of the warp's states, as bits.
   __device__ void compare(uint32 (&largest)[kCount]) const {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) largest[k] = max(largest[k], largest_magnitude(states[k]));
+    for (int k = 0; k < kCount; ++k) largest[k] = largest_of_warp(largest_magnitude(states[k]));
   }
 
-  __device__ void store(const NearestCode8bit* codebooks, const uint32 (&largest)[kCount]) const {
-    store_values(static_cast<T*>(unit.tensor.param), at, count, vector, p);
+  __device__ void store(const Codebook* codebooks, const uint32 (&largest)[kCount]) const {
+    store_eight(static_cast<T*>(tensor.param) + at, p);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       if (!has[k]) continue;
       if constexpr (kQuantized) {
-        float scaled[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) scaled[i] = states[k][i];
-        scale_values(scaled, largest[k], true);
-        uint32 codes[8];
-        codebooks[k].find(scaled, codes);
-        store_codes(static_cast<uint8*>(unit.tensor.states[k]), at, count, vector, codes);
+        uint32 words[2];
+        codebooks[k].nearest.find(reinterpret_cast<const float(&)[1][8]>(states[k]), largest[k], words);
+        *reinterpret_cast<uint2*>(static_cast<uint8*>(tensor.states[k]) + at) = make_uint2(words[0], words[1]);
       } else {
-        store_values(static_cast<float*>(unit.tensor.states[k]), at, count, vector, states[k]);
+        store_eight(static_cast<float*>(tensor.states[k]) + at, states[k]);
       }
-    }
-  }
-
- private:
-  __device__ void load(Eight<T>& param, Eight<T>& grad, typename Format::Loaded (&loaded)[kCount], bool vector) const {
-    param.load(static_cast<const T*>(unit.tensor.param), at, count, vector);
-    grad.load(static_cast<const T*>(unit.tensor.grad), at, count, vector);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      loaded[k] = {};
-      if (has[k]) loaded[k].load(static_cast<const typename Format::Element*>(unit.tensor.states[k]), at, count, vector);
     }
   }
 };
 
 // ------------------------------------------------------------------------------------------------------------------------- the step
 
+// A block of any size is gone over twice: for the absmax of its new states, and to store them.
 template <class T, int kAlgorithm, bool kQuantized>
-__device__ void step_unit(const Unit& unit, int64 blocksize, const Scalars& s, float rate, const NearestCode8bit* codebooks,
-                          const float (&absmax)[states_of(kAlgorithm)]) {
+__device__ void step_singly(const StepTensor& tensor, int64 start, int64 end, const Scalars& s, float rate,
+                            const Codebook* codebooks, const float (&absmax)[states_of(kAlgorithm)],
+                            uint32 (&largest)[states_of(kAlgorithm)]) {
   constexpr int kCount = states_of(kAlgorithm);
-  // A block that a warp cannot hold is gone over twice: for the absmax of its new states, and to store them.
-  const bool held = blocksize <= kPiece;
-  uint32 largest[kCount] = {};
-  int pass = held ? 1 : 0;
-  for (int64 start = unit.start; pass < 2;) {
-    Piece<T, kAlgorithm, kQuantized> piece(unit, start);
-    piece.step(s, rate, codebooks, absmax);
-    start += kPiece;
-    const bool last = start >= unit.end;
-    if (kQuantized && (held || pass == 0)) {
-      piece.compare(largest);
-      if (last) {
+#pragma unroll 1
+  for (int pass = kQuantized ? 0 : 1; pass < 2; ++pass) {
+#pragma unroll 1
+    for (int64 at = start + threadIdx.x % 32; at < end; at += 32) {
+      Single<T, kAlgorithm, kQuantized> single(tensor, at, codebooks, absmax);
+      const float direction = single.direction(s);
+      if (pass == 1 && is_updated(s, single.g)) {
+        static_cast<T*>(tensor.param)[at] = from_float<T>(fmaf(-rate, direction, single.p * s.decay));
+      }
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) largest[k] = largest_of_warp(largest[k]);
+      for (int k = 0; k < kCount; ++k) {
+        const float state[1] = {single.states[k]};
+        if (pass == 0) {
+          largest[k] = max(largest[k], largest_magnitude(state));
+        } else if (!single.has[k]) {
+        } else if constexpr (kQuantized) {
+          static_cast<uint8*>(tensor.states[k])[at] = codebooks[k].nearest.code(state[0], largest[k], scale_from(largest[k]));
+        } else {
+          static_cast<float*>(tensor.states[k])[at] = state[0];
+        }
       }
     }
-    if (pass == 1) piece.store(codebooks, largest);
-    if (last) start = unit.start, ++pass;
-  }
-  if constexpr (kQuantized) {
+    if (pass == 0) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || unit.tensor.states[k])) {
-        unit.tensor.absmax[k][unit.block] = absmax_from(largest[k]);
-      }
+      for (int k = 0; k < kCount; ++k) largest[k] = largest_of_warp(largest[k]);
     }
   }
 }
 
-// Add up the squares of a unit's parameters and directions. Large steps of few elements at a time are not worth their code here.
+// Add up the squares of a unit's parameters and directions.
 template <class T, int kAlgorithm, bool kQuantized>
-__device__ double2 measure_unit(const Unit& unit, const Scalars& s, const NearestCode8bit* codebooks,
-                                const float (&absmax)[states_of(kAlgorithm)]) {
-  const StepTensor& tensor = unit.tensor;
+__device__ double2 measure(const StepTensor& tensor, int64 start, int64 end, const Scalars& s, const Codebook* codebooks,
+                           const float (&absmax)[states_of(kAlgorithm)]) {
   double2 sum = make_double2(0.0, 0.0);
 #pragma unroll 1
-  for (int64 at = unit.start + threadIdx.x % 32; at < unit.end; at += 32) {
-    bool has[kStates] = {};
-    float states[kStates] = {};
-#pragma unroll
-    for (int k = 0; k < states_of(kAlgorithm); ++k) {
-      has[k] = tensor.states[k];
-      if (!has[k]) continue;
-      if constexpr (kQuantized) {
-        states[k] = __fmul_rn(codebooks[k].value(static_cast<const uint8*>(tensor.states[k])[at]), absmax[k]);
-      } else {
-        states[k] = static_cast<const float*>(tensor.states[k])[at];
-      }
-    }
-    const float p = to_float(static_cast<const T*>(tensor.param)[at]), g = to_float(static_cast<const T*>(tensor.grad)[at]);
-    const double direction = is_updated(s, g) ? update<kAlgorithm>(s, prepared(s, g, p), states, has) : 0.0f;
-    sum.x += double(p) * p;
+  for (int64 at = start + threadIdx.x % 32; at < end; at += 32) {
+    Single<T, kAlgorithm, kQuantized> single(tensor, at, codebooks, absmax);
+    const double direction = single.direction(s);
+    sum.x += double(single.p) * single.p;
     sum.y += direction * direction;
   }
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -300,29 +333,73 @@ __device__ double2 measure_unit(const Unit& unit, const Scalars& s, const Neares
   return sum;
 }
 
-// Update all tensors; or, if `sums` is given, only measure their units.
-template <class T, int kAlgorithm, bool kQuantized>
+// Update all tensors; or, if `sums` is given, only measure their units. `kWarps`: of the block of threads.
+template <class T, int kAlgorithm, bool kQuantized, int kWarps>
 __device__ void step(const StepTensors& table, const Scalars& scalars, const Scalars* device_scalars, const float* ratios,
-                     double2* sums, const NearestCode8bit* codebooks, int64 blocksize) {
+                     double2* sums, const Codebook* codebooks, int64 blocksize) {
+  constexpr int kCount = states_of(kAlgorithm);
+#if __CUDA_ARCH__ >= 800
+  // Where elements are small and states few, memory is what a warp waits for most: it has the next unit copied meanwhile.
+  constexpr bool kAhead = kQuantized && sizeof(T) == 2 && kCount == 1;
+#else
+  constexpr bool kAhead = false;
+#endif
+  __shared__ Ahead<T, kCount> storage[kAhead ? kWarps : 1];
+  Ahead<T, kCount>& ahead = storage[kAhead ? threadIdx.x / 32 : 0];
+  bool copied = false;
+
   const Scalars s = device_scalars ? *device_scalars : scalars;
+  const int64 stride = int64(gridDim.x) * kWarps;
   int which = 0;
-  const int64 stride = int64(gridDim.x) * blockDim.x / 32;
-  for (int64 at = (int64(blockIdx.x) * blockDim.x + threadIdx.x) / 32; at < table.units; at += stride) {
-    while (at >= table.tensors[which].end) ++which;
-    const Unit unit(table.tensors[which], at - (which ? table.tensors[which - 1].end : 0), blocksize);
-    float absmax[states_of(kAlgorithm)] = {};
+  for (int64 first = int64(blockIdx.x) * kWarps; first + threadIdx.x / 32 < table.units; first += stride) {
+    const int64 unit = first + threadIdx.x / 32;
+    which = tensor_of(table, unit, which);
+    const StepTensor& tensor = table.tensors[which];
+    const int64 block = block_of(table, unit, which), start = block * blocksize, end = min(start + blocksize, abs(tensor.n));
+    const float rate = ratios ? s.lr * ratios[which] : s.lr;
+    float absmax[kCount] = {};
     if constexpr (kQuantized) {
 #pragma unroll
-      for (int k = 0; k < states_of(kAlgorithm); ++k) {
-        if (always_has(kAlgorithm, k) || unit.tensor.states[k]) absmax[k] = unit.tensor.absmax[k][unit.block];
+      for (int k = 0; k < kCount; ++k) {
+        if (!copied && (always_has(kAlgorithm, k) || tensor.states[k])) absmax[k] = tensor.absmax[k][block];
       }
     }
     if (sums) {
-      const double2 sum = measure_unit<T, kAlgorithm, kQuantized>(unit, s, codebooks, absmax);
-      if (threadIdx.x % 32 == 0) sums[at] = sum;
-    } else {
-      const float rate = ratios ? s.lr * ratios[which] : s.lr;
-      step_unit<T, kAlgorithm, kQuantized>(unit, blocksize, s, rate, codebooks, absmax);
+      const double2 sum = measure<T, kAlgorithm, kQuantized>(tensor, start, end, s, codebooks, absmax);
+      if (threadIdx.x % 32 == 0) sums[unit] = sum;
+      continue;
+    }
+    uint32 largest[kCount] = {};
+    bool done = false;
+    if (tensor.n > 0 && end - start == kPiece) {
+      Piece<T, kAlgorithm, kQuantized> piece(tensor, start + threadIdx.x % 32 * 8);
+      Loaded<T, kCount, kQuantized> loaded;
+      if (!copied) piece.load(loaded);
+      if constexpr (kAhead) {
+        if (copied) ahead.read(loaded, absmax);
+        copied = false;
+        if (unit + stride < table.units && blocksize == kPiece) {
+          const int later = tensor_of(table, unit + stride, which);
+          const StepTensor& next = table.tensors[later];
+          const int64 next_block = block_of(table, unit + stride, later), from = next_block * kPiece;
+          copied = from + kPiece <= next.n && next.states[0];
+          if (copied) ahead.copy(next, next_block, from + threadIdx.x % 32 * 8);
+        }
+      }
+      done = piece.step(loaded, s, rate, codebooks, absmax);
+      if (done) {
+        if (kQuantized) piece.compare(largest);
+        piece.store(codebooks, largest);
+      }
+    }
+    if (!done) step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
+    if constexpr (kQuantized) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) {
+          tensor.absmax[k][block] = absmax_from(largest[k]);
+        }
+      }
     }
   }
 }

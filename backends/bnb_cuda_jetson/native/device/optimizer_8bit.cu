@@ -1,24 +1,29 @@
 // optimizer_step_8bit_blockwise_: a kernel for each algorithm and dtype.
 #include "optimizer.cuh"
 
-constexpr int kThreads = 320;  // two blocks of threads have 96 registers each
+constexpr int kThreads = 256;
 
-#define STEP(algorithm, kAlgorithm, name, T)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kThreads, states_of(kAlgorithm) < 3 ? 2 : 1)                                                            \
-      step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,          \
-                                     const float* ratios, double2* sums, const float* codebook1, const float* codebook2,       \
-                                     const float* codebook3, int64 blocksize) {                                                \
-    constexpr int count = states_of(kAlgorithm);                                                                               \
-    __shared__ NearestCode8bit tables[count];                                                                                  \
-    if (codebook1) tables[0].build(codebook1);                                                                                 \
-    if (count > 1 && codebook2) tables[count > 1 ? 1 : 0].build(codebook2);                                                    \
-    if (count > 2 && codebook3) tables[count > 2 ? 2 : 0].build(codebook3);                                                    \
-    step<T, kAlgorithm, true>(tensors, scalars, device_scalars, ratios, sums, tables, blocksize);                   \
+// Three blocks of threads have 80 registers for each thread, two have 128.
+__host__ __device__ constexpr int blocks_of(int algorithm) { return states_of(algorithm) < 3 ? 3 : 2; }
+
+#define STEP(algorithm, kAlgorithm, name, T)                                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of(kAlgorithm))                                          \
+      step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,    \
+                                     const float* ratios, double2* sums, const float* codebook1, const float* codebook2, \
+                                     const float* codebook3, int64 blocksize) {                                          \
+    constexpr int count = states_of(kAlgorithm);                                                                         \
+    __shared__ Codebook::Table tables[count];                                                                            \
+    Codebook codebooks[count];                                                                                           \
+    const float* const given[3] = {codebook1, codebook2, codebook3};                                                     \
+    for (int k = 0; k < count; ++k) {                                                                                    \
+      if (given[k]) codebooks[k] = Codebook(tables[k], given[k]);                                                        \
+    }                                                                                                                    \
+    step<T, kAlgorithm, true, kThreads / 32>(tensors, scalars, device_scalars, ratios, sums, codebooks, blocksize);      \
   }
 
-#define STEPS(algorithm, kAlgorithm)            \
-  STEP(algorithm, kAlgorithm, float32, float)   \
-  STEP(algorithm, kAlgorithm, float16, __half)  \
+#define STEPS(algorithm, kAlgorithm)           \
+  STEP(algorithm, kAlgorithm, float32, float)  \
+  STEP(algorithm, kAlgorithm, float16, __half) \
   STEP(algorithm, kAlgorithm, bfloat16, __nv_bfloat16)
 
 STEPS(adam, kAdam)

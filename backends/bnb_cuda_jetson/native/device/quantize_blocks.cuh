@@ -2,105 +2,84 @@
 // store, so that each is read once; the threads of a block find its absmax together.
 #pragma once
 
-#include "arithmetic.cuh"
+#include "blocks.cuh"
 #include "floats.cuh"
 #include "nearest_code.cuh"
 
 constexpr int kQuantizeThreads = 256;
 constexpr int kPerThread = 16;
-constexpr int kTile = kQuantizeThreads * kPerThread;  // elements
+constexpr int kQuantizeTile = kQuantizeThreads * kPerThread;  // elements
 
-constexpr uint32 kInfinityBits = 0x7f800000u;
-constexpr uint32 kFloorBits = 0x00800000u;  // 2^-126, the smallest absmax that is divided by
-
-// Magnitudes are compared as integers: their order is that of the values, with NaN above infinity.
-__device__ inline uint32 magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
-// The largest magnitude of some values, as bits.
-template <int kCount>
-__device__ inline uint32 largest_magnitude(const float (&values)[kCount]) {
-#if __CUDA_ARCH__ >= 800
-  float largest = fabsf(values[0]);
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(values[i])));
-  return __float_as_uint(largest);
-#else
-  uint32 largest = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) largest = max(largest, magnitude_bits(values[i]));
-  return largest;
-#endif
-}
-
-// The absmax of a block, from its bits: any NaN becomes the one NaN.
-__device__ inline float absmax_from(uint32 bits) { return __uint_as_float(bits > kInfinityBits ? 0x7fc00000u : bits); }
-
-// 1 / absmax, correctly rounded. 0 where the absmax is not finite: all elements then take the code of 0.
-__device__ inline float scale_from(uint32 bits) {
-  return bits >= kInfinityBits ? 0.0f : __frcp_rn(__uint_as_float(max(bits, kFloorBits)));
-}
-
-// Scale values by a block's absmax, of which `largest` is the bits. With `no_nan`, what would be NaN becomes 0.
-template <int kCount>
-__device__ inline void scale_values(float (&values)[kCount], uint32 largest, bool no_nan) {
-  const float scale = scale_from(largest);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(values[i], scale);
-  if (no_nan && largest >= kInfinityBits) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = 0.0f;
-      settle(values[i]);
-    }
-  }
-}
-
-// The largest magnitude among `threads` neighbouring threads, a power of two up to 512, of which `largest` is each one's. `warps` is
-// shared memory for a word a warp. With more than 32 threads, all of the thread block must call it, which is a barrier.
+// The largest among `threads` neighbouring threads, a power of two up to 256. `warps` is shared memory for a word a warp. With more
+// than 32 threads, all of the thread block must call it, which is a barrier.
 __device__ inline uint32 largest_among(uint32 largest, int threads, uint32* warps) {
-  for (int distance = min(threads, 32) / 2; distance > 0; distance /= 2) {
+  if (threads >= 32) {
+    largest = largest_of_warp(largest);
+    if (threads == 32) return largest;
+    const int warp = threadIdx.x / 32, group = threads / 32;
+    if (threadIdx.x % 32 == 0) warps[warp] = largest;
+    __syncthreads();
+    return largest_of_warp(warps[(warp & -group) + (threadIdx.x & (group - 1))]);
+  }
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    if (distance >= threads) break;
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
   }
-  if (threads > 32) {
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
-    __syncthreads();
-    const int group = threads / 32, first = threadIdx.x / threads * group;
-    for (int i = 0; i < group; ++i) largest = max(largest, warps[first + i]);
-  }
   return largest;
 }
 
-// Quantize with a table of codes, which is in shared memory. `store(at, codes)` gets the codes of kPerThread elements.
-template <class T, class Table, class Store>
-__device__ void quantize_blocks(const T* x, const Table& table, float* absmax, int blocksize_shift, int64 n, Store store) {
+// Quantize with a kind of NearestCode.
+template <class Table, class T>
+__device__ void quantize_blocks(uint8* codes, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {
+  __shared__ typename Table::Table storage;
   __shared__ uint32 warps[2][kQuantizeThreads / 32];
-  constexpr int kEights = kPerThread / 8;
-  const bool aligned = reinterpret_cast<size_t>(x) % 16 == 0;
+  constexpr int kEights = kPerThread / 8, kWords = kEights * Table::kWords;
   const int threads = (1 << blocksize_shift) / kPerThread;  // of a block
-  const int64 stride = int64(gridDim.x) * kTile;
+  const bool first_of_block = (threadIdx.x & (threads - 1)) == 0;
+  const bool aligned = reinterpret_cast<size_t>(x) % 16 == 0 && reinterpret_cast<size_t>(codes) % (4 * kWords) == 0;
+  // The next tile is under way while this one is worked on, the first while the table is made.
+  const uint32 tiles = uint32((n + kQuantizeTile - 1) / kQuantizeTile), whole_tiles = aligned ? uint32(n / kQuantizeTile) : 0;
+  const auto position = [](uint32 tile) { return int64(tile) * kQuantizeTile + threadIdx.x * kPerThread; };
   Eight<T> next[kEights];
-  int64 at = int64(blockIdx.x) * kTile + threadIdx.x * kPerThread;
+  const auto load = [&](uint32 tile) {
+    const int64 at = position(tile);
 #pragma unroll
-  for (int i = 0; i < kEights; ++i) next[i].load(x, at + 8 * i, n - at - 8 * i, aligned && at + 8 * i + 8 <= n);
+    for (int i = 0; i < kEights; ++i) next[i].load(x, at + 8 * i, n - at - 8 * i, tile < whole_tiles);
+  };
+  load(blockIdx.x);
+  const Table table(storage, codebook);
+  float* const block_absmax = absmax + (threadIdx.x * kPerThread >> blocksize_shift);
+  const uint32 blocks = kQuantizeTile >> blocksize_shift;  // of a tile
   // Every thread of the block takes part in each tile, for the barriers; two rows of `warps` in turn make one barrier enough.
   int turn = 0;
-  for (int64 tile = int64(blockIdx.x) * kTile; tile < n; tile += stride, turn ^= 1) {
-    float values[kPerThread];
+  for (uint32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
+    const bool whole = tile < whole_tiles;
+    float values[kEights][8];
+    uint32 largest = 0;
 #pragma unroll
-    for (int i = 0; i < kEights; ++i) next[i].values(values + 8 * i);
-    if (tile + stride < n) {
+    for (int i = 0; i < kEights; ++i) {
+      next[i].values(values[i]);
+      largest = max(largest, largest_magnitude(next[i]));
+    }
+    load(tile + gridDim.x);
+    largest = largest_among(largest, threads, warps[turn]);
+    const int64 here = position(tile);
+    if (first_of_block && (whole || here < n)) block_absmax[int64(tile) * blocks] = absmax_from(largest);
+    uint32 words[kWords];
+    table.find(values, largest, words);
+    uint8* const to = codes + here / Table::kPerByte;
+    if (whole) {
+      if constexpr (kWords == 2) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+      } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    } else {
 #pragma unroll
-      for (int i = 0; i < kEights; ++i) {
-        const int64 first = at + stride + 8 * i;
-        next[i].load(x, first, n - first, aligned && first + 8 <= n);
+      for (int i = 0; i < 4 * kWords; ++i) {
+        if (here + i * Table::kPerByte < n) to[i] = words[i / 4] >> (i % 4 * 8);
       }
     }
-    const uint32 largest = largest_among(largest_magnitude(values), threads, warps[turn]);
-    if (threadIdx.x % threads == 0 && at < n) absmax[at >> blocksize_shift] = absmax_from(largest);
-    scale_values(values, largest, !Table::kTakesNan);
-    uint32 codes[kPerThread];
-    table.find(values, codes);
-    store(at, codes);
-    at += stride;
   }
 }

@@ -13,11 +13,16 @@ struct Scales {
   int nested_shift;
   int unused;
 
+  __device__ bool nested() const { return nested_absmax; }
+
   // The float32 scale of a block; rounded after each of the two operations where scales are nested.
-  __device__ float operator[](int64 block) const {
-    if (!nested_absmax) return static_cast<const float*>(absmax)[block];
+  template <bool kNested>
+  __device__ float of(int64 block) const {
+    if (!kNested) return static_cast<const float*>(absmax)[block];
     uint8 code = static_cast<const uint8*>(absmax)[block];
     int64 group = nested_shift >= 0 ? block >> nested_shift : block / nested_blocksize;
     return __fadd_rn(__fmul_rn(nested_codebook[code], nested_absmax[group]), *nested_offset);
   }
+
+  __device__ float operator[](int64 block) const { return nested() ? of<true>(block) : of<false>(block); }
 };

@@ -7,7 +7,8 @@ namespace bnb {
 namespace {
 
 constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
-constexpr int kDequantizeTile = 256 * 8 * 2;  // and that one dequantizes, in blockwise.cu
+// Elements that a block of threads dequantizes before it ends, by dtype.
+constexpr int kDequantizeTiles[kDtypes] = {256 * 4 * 4, 256 * 4 * 8, 256 * 4 * 8};
 
 constexpr int kLargestBlock = 4096;        // of the kernels for powers of two, from 32 on; the same size in 4-bit ops
 
@@ -46,7 +47,7 @@ void dequantize_blockwise(int device, Address stream, Address out, int dtype, st
                           Address codebook, std::int64_t blocksize) {
   Call call("dequantize_blockwise", device, stream);
   Kernel& kernel = dequantize_kernels[dtype];
-  launch(call, kernel, {blocks_for(call, kernel, ceil_div(n, kDequantizeTile))}, out, codes, absmax, codebook, blocksize,
+  launch(call, kernel, {static_cast<unsigned>(ceil_div(n, kDequantizeTiles[dtype]))}, out, codes, absmax, codebook, blocksize,
          exact_log2(blocksize), n);
 }
 

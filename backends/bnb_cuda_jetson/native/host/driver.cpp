@@ -17,7 +17,8 @@ Driver load() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW);
   if (!library) {
     const char* why = dlerror();
-    throw Unavailable(std::string("no NVIDIA driver: ") + (why ? why : "libcuda.so.1 cannot be opened"));
+    throw Unavailable(std::string("no NVIDIA driver: ") + (why ? why : "libcuda.so.1 cannot be opened") +
+                      "; install the driver, which a Jetson has with JetPack (in a container: --runtime nvidia)");
   }
   Driver found{};
   find(library, "cuInit", found.init);

@@ -7,7 +7,8 @@ namespace bnb {
 namespace {
 
 constexpr int kQuantizeTile = 4096;        // elements that a block of threads quantizes at a time, in quantize_blocks.cuh
-constexpr int kDequantizeTile = 256 * 8 * 4;  // and that one dequantizes, in four_bit.cu
+// Elements that a block of threads dequantizes before it ends, by dtype.
+constexpr int kDequantizeTiles[kDtypes] = {256 * 4 * 4, 256 * 4 * 8, 256 * 4 * 8};
 
 Kernel quantize_kernels[kDtypes] = {
     {"four_bit", "quantize_4bit_float32", 256},
@@ -34,7 +35,8 @@ void dequantize_4bit(int device, Address stream, Address out, int dtype, std::in
   Call call("dequantize_4bit", device, stream);
   Kernel& kernel = dequantize_kernels[dtype];
   Scales scales(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize);
-  launch(call, kernel, {blocks_for(call, kernel, ceil_div(n, kDequantizeTile))}, out, packed, scales, codebook, exact_log2(blocksize), n);
+  const unsigned tiles = static_cast<unsigned>(ceil_div(n, kDequantizeTiles[dtype]));
+  launch(call, kernel, {tiles}, out, packed, scales, codebook, exact_log2(blocksize), n);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "device_code.h"
 #include "errors.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 
@@ -24,6 +25,7 @@ NB_MODULE(_native, module) {
   module.def("architectures", &bnb::architectures, "The architectures that device code is embedded for, such as [72, 87, 110].");
   module.def("device_count", &bnb::device_count, "The number of CUDA devices; raises where there is no driver.");
   module.def("device", &bnb::device, nb::arg("ordinal"), nb::rv_policy::reference, "What is known of a device.");
+  bnb::bind_tensors(module);
   bnb::bind_blockwise(module);
   bnb::bind_four_bit(module);
   bnb::bind_embedding(module);

@@ -11,6 +11,9 @@
 #include "arguments.h"
 #include "bindings.h"
 #include "launch.h"
+#include "tensors.h"
+
+namespace nb = nanobind;
 
 namespace bnb {
 namespace {
@@ -35,7 +38,7 @@ constexpr int kPiece = 256;  // elements of a unit of work without blocks, in op
 constexpr int kAlgorithms = 7;
 const char* const kNames[kAlgorithms] = {"adam", "amsgrad", "ademamix", "lion", "sgd", "rmsprop", "adagrad"};
 Kernel kernels_32bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("32bit", 256);
-Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit", 320);
+Kernel kernels_8bit[kAlgorithms][kDtypes] = BNB_ALGORITHMS("8bit", 256);
 Kernel scalars_kernel("optimizer", "step_scalars", 32);
 Kernel ratios_kernel("optimizer", "step_ratios", 256);
 
@@ -129,29 +132,37 @@ Hyperparameters hyperparameters_from(const Numbers& numbers) {
   return h;
 }
 
-void optimizer_step_32bit(int device, Address stream, int dtype, Addresses params, Addresses grads, Addresses state1, Addresses state2,
-                          Addresses state3, std::vector<std::int64_t> sizes, const std::string& algorithm, const Numbers& hyperparameters,
-                          Address step_on_device, Address lr_on_device, Address scratch) {
+// Lists of tensors are what tensors.h takes; with addresses come the sizes, which otherwise are an empty list.
+void optimizer_step_32bit(int device, Address stream, int dtype, nb::list params, nb::list grads, nb::list state1,
+                          nb::list state2, nb::list state3, std::vector<std::int64_t> sizes, const std::string& algorithm,
+                          const Numbers& hyperparameters, Address step_on_device, Address lr_on_device, Address scratch) {
+  Lists lists{addresses_of(params, sizes.empty() ? &sizes : nullptr),
+              addresses_of(grads),
+              {addresses_of(state1), addresses_of(state2), addresses_of(state3)},
+              {},
+              std::move(sizes)};
+  nb::gil_scoped_release unlocked;
   Call call("optimizer_step_32bit_", device, stream);
   Kernel& kernel = kernels_32bit[index_of(algorithm)][dtype];
-  Lists lists{std::move(params), std::move(grads), {std::move(state1), std::move(state2), std::move(state3)}, {}, std::move(sizes)};
   step(call, kernel, lists, hyperparameters_from(hyperparameters), step_on_device, lr_on_device, scratch, kPiece, false,
        [&](Grid grid, const StepTensors& table, const Scalars& scalars, Address device_scalars, Address ratios, Address sums) {
          launch(call, kernel, grid, table, scalars, device_scalars, ratios, sums);
        });
 }
 
-void optimizer_step_8bit(int device, Address stream, int dtype, Addresses params, Addresses grads, Addresses state1, Addresses state2,
-                         Addresses state3, Addresses absmax1, Addresses absmax2, Addresses absmax3, std::vector<std::int64_t> sizes,
-                         Address codebook1, Address codebook2, Address codebook3, std::int64_t blocksize, const std::string& algorithm,
-                         const Numbers& hyperparameters, Address step_on_device, Address lr_on_device, Address scratch) {
+void optimizer_step_8bit(int device, Address stream, int dtype, nb::list params, nb::list grads, nb::list state1,
+                         nb::list state2, nb::list state3, nb::list absmax1, nb::list absmax2, nb::list absmax3,
+                         std::vector<std::int64_t> sizes, Address codebook1, Address codebook2, Address codebook3,
+                         std::int64_t blocksize, const std::string& algorithm, const Numbers& hyperparameters,
+                         Address step_on_device, Address lr_on_device, Address scratch) {
+  Lists lists{addresses_of(params, sizes.empty() ? &sizes : nullptr),
+              addresses_of(grads),
+              {addresses_of(state1), addresses_of(state2), addresses_of(state3)},
+              {addresses_of(absmax1), addresses_of(absmax2), addresses_of(absmax3)},
+              std::move(sizes)};
+  nb::gil_scoped_release unlocked;
   Call call("optimizer_step_8bit_blockwise_", device, stream);
   Kernel& kernel = kernels_8bit[index_of(algorithm)][dtype];
-  Lists lists{std::move(params),
-              std::move(grads),
-              {std::move(state1), std::move(state2), std::move(state3)},
-              {std::move(absmax1), std::move(absmax2), std::move(absmax3)},
-              std::move(sizes)};
   step(call, kernel, lists, hyperparameters_from(hyperparameters), step_on_device, lr_on_device, scratch, blocksize, true,
        [&](Grid grid, const StepTensors& table, const Scalars& scalars, Address device_scalars, Address ratios, Address sums) {
          launch(call, kernel, grid, table, scalars, device_scalars, ratios, sums, codebook1, codebook2, codebook3, blocksize);
@@ -161,8 +172,8 @@ void optimizer_step_8bit(int device, Address stream, int dtype, Addresses params
 }  // namespace
 
 void bind_optimizer(nanobind::module_& module) {
-  module.def("optimizer_step_32bit", &optimizer_step_32bit, NoLock());
-  module.def("optimizer_step_8bit", &optimizer_step_8bit, NoLock());
+  module.def("optimizer_step_32bit", &optimizer_step_32bit);
+  module.def("optimizer_step_8bit", &optimizer_step_8bit);
   module.def("optimizer_scratch_bytes", &scratch_bytes);
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -13,6 +13,9 @@ from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel
 
 Tensors = Sequence[torch.Tensor]
 Number = Union[float, torch.Tensor]
+
+#: Whether the native code takes tensors themselves, which costs a fraction of asking each for its address.
+_EXCHANGED = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and _native.use_exchange(torch.Tensor.__dlpack_c_exchange_api__)
 
 #: Elements of a unit of work where states have no blocks; the same as in native/host/optimizer.cpp.
 _PIECE = 256
@@ -46,12 +49,12 @@ def optimizer_step_32bit_(
         device,
         current_stream(device),
         DTYPES[params[0].dtype],
-        _addresses(params),
-        _addresses(grads),
-        _addresses(state1),
-        _addresses(state2),
-        _addresses(state3),
-        list(map(torch.Tensor.numel, params)),
+        _listed(params),
+        _listed(grads),
+        _listed(state1),
+        _listed(state2),
+        _listed(state3),
+        [] if _EXCHANGED else list(map(torch.Tensor.numel, params)),
         *_rule(algorithm, hyperparameters, step, lr),
         scratch.data_ptr(),
     )
@@ -84,15 +87,15 @@ def optimizer_step_8bit_blockwise_(
         device,
         current_stream(device),
         DTYPES[params[0].dtype],
-        _addresses(params),
-        _addresses(grads),
-        _addresses(state1),
-        _addresses(state2),
-        _addresses(state3),
-        _addresses(absmax1),
-        _addresses(absmax2),
-        _addresses(absmax3),
-        list(map(torch.Tensor.numel, params)),
+        _listed(params),
+        _listed(grads),
+        _listed(state1),
+        _listed(state2),
+        _listed(state3),
+        _listed(absmax1),
+        _listed(absmax2),
+        _listed(absmax3),
+        [] if _EXCHANGED else list(map(torch.Tensor.numel, params)),
         address(codebook1) if state1 else 0,
         address(codebook2) if state2 else 0,
         address(codebook3) if state3 else 0,
@@ -102,8 +105,8 @@ def optimizer_step_8bit_blockwise_(
     )
 
 
-def _addresses(tensors: Tensors) -> List[int]:
-    return list(map(torch.Tensor.data_ptr, tensors))
+def _listed(tensors: Tensors) -> List[Any]:
+    return list(tensors) if _EXCHANGED else list(map(torch.Tensor.data_ptr, tensors))
 
 
 def _rule(algorithm: str, hyperparameters: Hyperparameters, step: Number, lr: Number) -> Tuple[str, List[float], int, int]:
