@@ -220,9 +220,9 @@ def gpu(session: nox.Session) -> None:
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
         # Each op in each dtype, and each kernel of products and steps; the whole suite takes hours there.
-        session.run(*command, *conformance, "-x", "-k", "plain_call or shape or few_rows or many_tensors", external=True)
-    for benchmark in ("gpu_memory_bound.py", "gpu_resident.py", "gpu_vs_bitsandbytes.py", "gpu_end_to_end.py"):
-        session.run("python", f"benchmarks/{benchmark}", *session.posargs)
+        session.run(*command, *conformance, "-x", "-k", "plain_call or _shape or few_rows or many_tensors", external=True)
+    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "host", "end_to_end"):
+        session.run("python", f"benchmarks/gpu_{benchmark}.py", *session.posargs)
 
 
 @nox.session

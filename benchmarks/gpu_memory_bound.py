@@ -135,58 +135,19 @@ def optimizers() -> List[Dict[str, Any]]:
     return rows
 
 
-def host() -> List[Dict[str, Any]]:
-    """Time what Python and the driver take for calls whose work on the device is small."""
-    import bitsandbytes
-
-    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
-    nf4 = get_codebook("nf4", "cuda")
-    rows: List[Dict[str, Any]] = [
-        {
-            "work": "host time of quantize_4bit",
-            "microseconds": gpu_timing.host_microseconds(lambda: bnb_core.functional.quantize_4bit(x)),
-            "bitsandbytes": gpu_timing.host_microseconds(lambda: bitsandbytes.functional.quantize_4bit(x)),
-        },
-        {
-            "work": "host time of ops.quantize_4bit",
-            "microseconds": gpu_timing.host_microseconds(lambda: ops.quantize_4bit(x, nf4, 64)),
-            "bitsandbytes": None,
-        },
-    ]
-    one = x[:1]
-    layers = [
-        library.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4").cuda()
-        for library in (bnb_core, bitsandbytes)
-    ]
-    with torch.no_grad():
-        times = [gpu_timing.host_microseconds(lambda layer=layer: layer(one)) for layer in layers]
-    rows.append({"work": "host time of Linear4bit, one row", "microseconds": times[0], "bitsandbytes": times[1]})
-    times = []
-    for library in (bnb_core.optim, bitsandbytes.optim):
-        params = [torch.nn.Parameter(torch.randn(64, 128, device="cuda")) for _ in range(200)]
-        for param in params:
-            param.grad = torch.randn_like(param)
-        optimizer = library.AdamW8bit(params, lr=1e-3)
-        times.append(gpu_timing.host_microseconds(optimizer.step, calls=5, repeats=10))
-    rows.append({"work": "host time of AdamW8bit.step, 200 tensors", "microseconds": times[0], "bitsandbytes": times[1]})
-    return rows
-
-
 def main() -> None:
     """Measure, print a table and store the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     bandwidth = gpu_timing.copy_bandwidth()
-    rows = quantization() + optimizers() + host()
+    rows = quantization() + optimizers()
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
     for row in rows:
-        share = row["bytes"] / (row["microseconds"] * 1e-6) / bandwidth if "bytes" in row else None
-        row["share_of_copy_bandwidth"] = share
+        share = row["share_of_copy_bandwidth"] = row["bytes"] / (row["microseconds"] * 1e-6) / bandwidth
         ratio = row["bitsandbytes"] / row["microseconds"] if row["bitsandbytes"] else None
         print(
-            f"{row['work']:42} {row['microseconds']:9.1f} us"
-            + (f" {share:7.1%} of copy" if share else " " * 16)
+            f"{row['work']:42} {row['microseconds']:9.1f} us {share:7.1%} of copy"
             + (f"   bitsandbytes {row['bitsandbytes']:9.1f} us, {ratio:.2f} times as long" if ratio else "")
         )
     if arguments.output:

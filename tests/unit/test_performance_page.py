@@ -35,10 +35,10 @@ def test_a_prediction_is_what_the_kernel_takes_of_what_is_needed_and_no_more_tha
 def test_the_page_has_every_kernel_that_was_measured(generator):
     page = generator.PAGE.read_text(encoding="utf-8")
     rendered = generator.render()
-    for row in generator.load("memory_bound")["results"] + generator.load("resident")["results"]:
-        name = row["work"].replace("host time of ", "")
-        assert name in page
-        assert name in rendered
+    for name in ("memory_bound", "resident", "host"):
+        for row in generator.load(name)["results"]:
+            assert f"`{row['work']}`" in page
+            assert f"`{row['work']}`" in rendered
 
 
 def test_the_plot_is_small_and_has_every_weight(generator, tmp_path):

@@ -141,12 +141,6 @@ def test_the_architectures_in_a_wheel_are_found(wheel):
     assert fault == f"it has code for {sorted(architectures)}, not for {sorted(architectures | {75})}"
 
 
-def test_a_wheel_that_links_to_more_than_the_c_library_is_found(wheel, monkeypatch):
-    path, architectures = wheel
-    monkeypatch.setattr(check_wheel, "C_LIBRARY", check_wheel.C_LIBRARY - {"libc.so.6"})
-    assert any(fault.startswith("it links to libc.so.6") for fault in check_wheel.faults(path, architectures))
-
-
 def test_a_wheel_that_is_too_large_is_found(wheel, monkeypatch):
     path, architectures = wheel
     monkeypatch.setattr(check_wheel, "MOST_BYTES", 1000)

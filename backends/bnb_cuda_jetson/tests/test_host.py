@@ -94,9 +94,14 @@ def test_a_launch_has_the_stream_the_grid_and_the_arguments(run_with_driver):
     assert run.calls_of("cuLaunchKernel") == ["dequantize_4bit_float16 1x1x1 256 stream=77 first=4352"]
 
 
-def test_a_large_tensor_gets_as_many_blocks_as_run_at_once(run_with_driver):
-    run = run_with_driver(dequantize(n=1 << 40), str(CAPABILITY))
+def test_blocks_that_make_a_table_are_as_many_as_run_at_once(run_with_driver):
+    run = run_with_driver(f"_native.quantize_4bit(0, 0, 256, 512, 1024, 1, {1 << 40}, 2048, 64)\n", str(CAPABILITY))
     assert run.calls_of("cuLaunchKernel")[0].split()[1] == "16x1x1"  # 2 on each of 8 multiprocessors
+
+
+def test_others_are_as_many_as_the_tensor_has_tiles(run_with_driver):
+    run = run_with_driver(dequantize(n=(1 << 40) + 1), str(CAPABILITY))
+    assert run.calls_of("cuLaunchKernel")[0].split()[1] == f"{(1 << 27) + 1}x1x1"  # of 8192 elements
 
 
 def test_code_is_loaded_once_a_device(run_with_driver):

@@ -1,6 +1,6 @@
 """Check what a built wheel holds: `python check_wheel.py WHEEL 72 87 110` fails unless it has code for just these architectures.
 
-It must also be small enough for a package index's mind and a Jetson's disk.
+It must also be small, for boards whose disk is. What it links to is checked where it is built.
 """
 
 from __future__ import annotations

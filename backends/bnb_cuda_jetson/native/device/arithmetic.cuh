@@ -15,7 +15,3 @@ __device__ inline float square_root(float x) {
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
-
-// Have the value worked out here, whatever it is used for. Left to itself the compiler moves arithmetic into a branch where its result
-// is wanted in some cases only, and the elements of a thread then wait for each other.
-__device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }

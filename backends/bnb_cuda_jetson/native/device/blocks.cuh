@@ -31,17 +31,17 @@ __device__ inline uint32 largest_magnitude(const Eight<T>& eight) {
 }
 #if __CUDA_ARCH__ >= 860
 // Two at a time. What is left over of the sign does not matter.
-#define LARGEST_MAGNITUDE(T, type)                                                             \
-  template <>                                                                                  \
-  __device__ inline uint32 largest_magnitude<T>(const Eight<T>& eight) {                       \
-    const uint4 words = eight.words[0];                                                        \
-    uint32 first, second, pair;                                                                \
+#define LARGEST_MAGNITUDE(T, type)                                                               \
+  template <>                                                                                    \
+  __device__ inline uint32 largest_magnitude<T>(const Eight<T>& eight) {                         \
+    const uint4 words = eight.words[0];                                                          \
+    uint32 first, second, pair;                                                                  \
     asm("max.NaN.xorsign.abs." type " %0, %1, %2;" : "=r"(first) : "r"(words.x), "r"(words.y));  \
     asm("max.NaN.xorsign.abs." type " %0, %1, %2;" : "=r"(second) : "r"(words.z), "r"(words.w)); \
     asm("max.NaN.xorsign.abs." type " %0, %1, %2;" : "=r"(pair) : "r"(first), "r"(second));      \
-    float two[2];                                                                              \
-    unpack_two<T>(pair, two[0], two[1]);                                                       \
-    return largest_magnitude(two);                                                             \
+    float two[2];                                                                                \
+    unpack_two<T>(pair, two[0], two[1]);                                                         \
+    return largest_magnitude(two);                                                               \
   }
 LARGEST_MAGNITUDE(__half, "f16x2")
 LARGEST_MAGNITUDE(__nv_bfloat16, "bf16x2")

@@ -79,18 +79,18 @@ __device__ void dequantize(T* out, const uint8* codes, const float* absmax, cons
   }
 }
 
-#define BLOCKWISE(name, T)                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_blockwise_##name(                                       \
-      uint8* codes, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {                             \
-    quantize_blocks<NearestCode8bit>(codes, absmax, x, codebook, blocksize_shift, n);                                                                     \
-  }                                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3) \
-      quantize_any_##name(uint8* codes, float* absmax, const T* x, const float* codebook, int64 blocksize, int64 n) {             \
-    quantize_any(codes, absmax, x, codebook, blocksize, n);                                                                       \
-  }                                                                                                                               \
-  extern "C" __global__ void __launch_bounds__(kThreads) dequantize_blockwise_##name(                                             \
-      T* out, const uint8* codes, const float* absmax, const float* codebook, int64 blocksize, int blocksize_shift, int64 n) {    \
-    dequantize(out, codes, absmax, codebook, blocksize, blocksize_shift, n);                                                      \
+#define BLOCKWISE(name, T)                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_blockwise_##name(                                 \
+      uint8* codes, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) {                          \
+    quantize_blocks<NearestCode8bit>(codes, absmax, x, codebook, blocksize_shift, n);                                          \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 4)                                                            \
+      quantize_any_##name(uint8* codes, float* absmax, const T* x, const float* codebook, int64 blocksize, int64 n) {          \
+    quantize_any(codes, absmax, x, codebook, blocksize, n);                                                                    \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads) dequantize_blockwise_##name(                                          \
+      T* out, const uint8* codes, const float* absmax, const float* codebook, int64 blocksize, int blocksize_shift, int64 n) { \
+    dequantize(out, codes, absmax, codebook, blocksize, blocksize_shift, n);                                                   \
   }
 
 BLOCKWISE(float32, float)

@@ -81,8 +81,8 @@ __device__ inline void store_eight<float>(float* to, const float (&values)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
-// Sixteen bytes of elements, which one thread stores at once, and neighbouring threads next to each other. `Codes` are as many bytes of
-// 8-bit codes, `Half` of 4-bit ones.
+// Sixteen bytes of elements, which one thread stores at once, and neighbouring threads next to each other. `Codes` holds their 8-bit
+// codes, `Half` their 4-bit ones.
 template <class T>
 struct Run {
   static constexpr int kLength = 8;

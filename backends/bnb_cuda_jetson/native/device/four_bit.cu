@@ -45,24 +45,24 @@ __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, co
   }
 }
 
-#define DEQUANTIZE_4BIT(name, T)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                                         \
+#define DEQUANTIZE_4BIT(name, T)                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                                        \
       dequantize_4bit_##name(T* out, const uint8* packed, Scales scales, const float* codebook, int blocksize_shift, int64 n) { \
-    if (scales.nested()) {                                                                                                  \
-      dequantize<true>(out, packed, scales, codebook, blocksize_shift, n);                                                  \
-    } else {                                                                                                                \
-      dequantize<false>(out, packed, scales, codebook, blocksize_shift, n);                                                 \
-    }                                                                                                                       \
+    if (scales.nested()) {                                                                                                      \
+      dequantize<true>(out, packed, scales, codebook, blocksize_shift, n);                                                      \
+    } else {                                                                                                                    \
+      dequantize<false>(out, packed, scales, codebook, blocksize_shift, n);                                                     \
+    }                                                                                                                           \
   }
 
 DEQUANTIZE_4BIT(float32, float)
 DEQUANTIZE_4BIT(float16, __half)
 DEQUANTIZE_4BIT(bfloat16, __nv_bfloat16)
 
-#define QUANTIZE_4BIT(name, T)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 3) \
+#define QUANTIZE_4BIT(name, T)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(kQuantizeThreads, 4)                                                         \
       quantize_4bit_##name(uint8* packed, float* absmax, const T* x, const float* codebook, int blocksize_shift, int64 n) { \
-    quantize_blocks<NearestCode4bit>(packed, absmax, x, codebook, blocksize_shift, n);                                                          \
+    quantize_blocks<NearestCode4bit>(packed, absmax, x, codebook, blocksize_shift, n);                                      \
   }
 
 QUANTIZE_4BIT(float32, float)

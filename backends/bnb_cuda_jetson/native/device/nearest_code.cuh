@@ -91,12 +91,12 @@ class NearestCode {
   static constexpr int kSigned = 2;   // a midpoint is negative
   static constexpr int kCareful = 4;  // not every code can be looked up
 
-  static constexpr float kSmall = 5.960464477539063e-08f;      // 2^-24: less than half the smallest entry of bitsandbytes' dynamic maps
-  static constexpr float kDown = 1.9721522630525295e-31f;      // 2^-102: it takes 2^-24 to the smallest number that is not subnormal
-  static constexpr float kUp = 5.070602400912918e+30f;         // 2^102
-  static constexpr int kSmallKey = 0x00800000;                 // the key of 2^-24
-  static constexpr uint32 kOrdinaryBits = 0x4b800000;          // 2^24: below it, the scale times kDown is not subnormal either
-  static constexpr uint32 kSearch = 0xffffffff;                // in place of a word
+  static constexpr float kSmall = 5.960464477539063e-08f;  // 2^-24: less than half of any entry of bitsandbytes' dynamic maps
+  static constexpr float kDown = 1.9721522630525295e-31f;  // 2^-102: takes 2^-24 to the smallest number that is not subnormal
+  static constexpr float kUp = 5.070602400912918e+30f;     // 2^102
+  static constexpr int kSmallKey = 0x00800000;             // the key of 2^-24
+  static constexpr uint32 kOrdinaryBits = 0x4b800000;      // 2^24: below it, the scale times kDown is not subnormal either
+  static constexpr uint32 kSearch = 0xffffffff;            // in place of a word
 
   __device__ bool is(int kind) const { return kind_ & kind; }
 
@@ -136,7 +136,8 @@ class NearestCode {
     }
   }
 
-  // Look the ranks up, which are in the highest byte. Return whether they must be searched instead, which only a careful look finds out.
+  // Look the ranks up, which are in the highest byte. Return whether they must be searched instead, which only a careful look
+  // finds out.
   template <bool kIsSigned, bool kIsCareful>
   __device__ bool look_up(const float (&values)[8], float scale, uint32 (&ranks)[8]) const {
     constexpr int kShift = kIsSigned ? 23 - kBits : 22 - kBits;

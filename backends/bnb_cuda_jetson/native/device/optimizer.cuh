@@ -121,15 +121,6 @@ template <class T, int kCount, bool kQuantized>
 struct Loaded {
   Eight<T> param, grad;
   typename StateFormat<kQuantized>::Loaded states[kCount];
-
-  // Whether all elements of the warp are to be updated. A sum of products with zero is zero if all factors are finite.
-  __device__ bool all_updated(const Scalars& s) const {
-    float g[8], zero = 0.0f;
-    grad.values(g);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) zero = fmaf(g[i], 0.0f, zero);
-    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
-  }
 };
 
 // Shared memory for what the lanes of a warp will have of the next unit.
@@ -226,8 +217,8 @@ struct Piece {
     }
   }
 
-  // Take the step, in registers.
-  __device__ void step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
+  // Take the step, in registers. Return whether it is right: whether all elements of the warp are to be updated.
+  __device__ bool step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
                        const float (&absmax)[kCount]) {
     float g[8];
     loaded.param.values(p);
@@ -241,8 +232,12 @@ struct Piece {
         loaded.states[k].values(states[k]);
       }
     }
+    float zero = 0.0f;  // a sum of products with zero is zero if all factors are finite
 #pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] *= s.gnorm_scale;
+    for (int i = 0; i < 8; ++i) {
+      zero = fmaf(g[i], 0.0f, zero);
+      g[i] *= s.gnorm_scale;
+    }
     if (s.weight_decay != 0.0f) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) g[i] = fmaf(s.weight_decay, p[i], g[i]);
@@ -257,6 +252,7 @@ struct Piece {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) states[k][i] = now[k];
     }
+    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
   }
 
   // The largest magnitudes of the warp's states, as bits.
@@ -343,7 +339,7 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
                      double2* sums, const Codebook* codebooks, int64 blocksize) {
   constexpr int kCount = states_of(kAlgorithm);
 #if __CUDA_ARCH__ >= 800
-  // A warp works longest where elements are small; it then has the next unit copied meanwhile.
+  // Where elements are small and states few, memory is what a warp waits for most: it has the next unit copied meanwhile.
   constexpr bool kAhead = kQuantized && sizeof(T) == 2 && kCount == 1;
 #else
   constexpr bool kAhead = false;
@@ -390,9 +386,8 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
           if (copied) ahead.copy(next, next_block, from + threadIdx.x % 32 * 8);
         }
       }
-      done = loaded.all_updated(s);
+      done = piece.step(loaded, s, rate, codebooks, absmax);
       if (done) {
-        piece.step(loaded, s, rate, codebooks, absmax);
         if (kQuantized) piece.compare(largest);
         piece.store(codebooks, largest);
       }
@@ -401,7 +396,9 @@ __device__ void step(const StepTensors& table, const Scalars& scalars, const Sca
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) tensor.absmax[k][block] = absmax_from(largest[k]);
+        if (threadIdx.x % 32 == 0 && (always_has(kAlgorithm, k) || tensor.states[k])) {
+          tensor.absmax[k][block] = absmax_from(largest[k]);
+        }
       }
     }
   }

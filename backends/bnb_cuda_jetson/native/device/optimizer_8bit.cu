@@ -4,28 +4,26 @@
 constexpr int kThreads = 256;
 
 // Three blocks of threads have 80 registers for each thread, two have 128.
-__host__ __device__ constexpr int blocks_of(int algorithm, int element_bytes) {
-  return states_of(algorithm) == 1 || (states_of(algorithm) == 2 && element_bytes == 2) ? 3 : 2;
-}
+__host__ __device__ constexpr int blocks_of(int algorithm) { return states_of(algorithm) < 3 ? 3 : 2; }
 
-#define STEP(algorithm, kAlgorithm, name, T)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of(kAlgorithm, sizeof(T)))                            \
-      step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,          \
-                                     const float* ratios, double2* sums, const float* codebook1, const float* codebook2,       \
-                                     const float* codebook3, int64 blocksize) {                                                \
-    constexpr int count = states_of(kAlgorithm);                                                                               \
-    __shared__ Codebook::Table tables[count];                                                                      \
-    Codebook codebooks[count];                                                                                     \
-    const float* const given[3] = {codebook1, codebook2, codebook3};                                                           \
-    for (int k = 0; k < count; ++k) {                                                                                          \
-      if (given[k]) codebooks[k] = Codebook(tables[k], given[k]);                                                  \
-    }                                                                                                                          \
-    step<T, kAlgorithm, true, kThreads / 32>(tensors, scalars, device_scalars, ratios, sums, codebooks, blocksize);                   \
+#define STEP(algorithm, kAlgorithm, name, T)                                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of(kAlgorithm))                                          \
+      step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,    \
+                                     const float* ratios, double2* sums, const float* codebook1, const float* codebook2, \
+                                     const float* codebook3, int64 blocksize) {                                          \
+    constexpr int count = states_of(kAlgorithm);                                                                         \
+    __shared__ Codebook::Table tables[count];                                                                            \
+    Codebook codebooks[count];                                                                                           \
+    const float* const given[3] = {codebook1, codebook2, codebook3};                                                     \
+    for (int k = 0; k < count; ++k) {                                                                                    \
+      if (given[k]) codebooks[k] = Codebook(tables[k], given[k]);                                                        \
+    }                                                                                                                    \
+    step<T, kAlgorithm, true, kThreads / 32>(tensors, scalars, device_scalars, ratios, sums, codebooks, blocksize);      \
   }
 
-#define STEPS(algorithm, kAlgorithm)            \
-  STEP(algorithm, kAlgorithm, float32, float)   \
-  STEP(algorithm, kAlgorithm, float16, __half)  \
+#define STEPS(algorithm, kAlgorithm)           \
+  STEP(algorithm, kAlgorithm, float32, float)  \
+  STEP(algorithm, kAlgorithm, float16, __half) \
   STEP(algorithm, kAlgorithm, bfloat16, __nv_bfloat16)
 
 STEPS(adam, kAdam)

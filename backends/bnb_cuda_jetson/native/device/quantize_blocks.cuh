@@ -13,18 +13,18 @@ constexpr int kQuantizeTile = kQuantizeThreads * kPerThread;  // elements
 // The largest among `threads` neighbouring threads, a power of two up to 256. `warps` is shared memory for a word a warp. With more
 // than 32 threads, all of the thread block must call it, which is a barrier.
 __device__ inline uint32 largest_among(uint32 largest, int threads, uint32* warps) {
+  if (threads >= 32) {
+    largest = largest_of_warp(largest);
+    if (threads == 32) return largest;
+    const int warp = threadIdx.x / 32, group = threads / 32;
+    if (threadIdx.x % 32 == 0) warps[warp] = largest;
+    __syncthreads();
+    return largest_of_warp(warps[(warp & -group) + (threadIdx.x & (group - 1))]);
+  }
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     if (distance >= threads) break;
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-  }
-  if (threads > 32) {
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = largest;
-    __syncthreads();
-    const int group = threads / 32, first = threadIdx.x / 32 & -group;
-#pragma unroll
-    for (int i = 1; i < kQuantizeThreads / 32; ++i) largest = max(largest, warps[first + (i & (group - 1))]);
-    largest = max(largest, warps[first]);
   }
   return largest;
 }

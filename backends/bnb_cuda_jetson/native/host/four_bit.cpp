@@ -35,7 +35,8 @@ void dequantize_4bit(int device, Address stream, Address out, int dtype, std::in
   Call call("dequantize_4bit", device, stream);
   Kernel& kernel = dequantize_kernels[dtype];
   Scales scales(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize);
-  launch(call, kernel, {static_cast<unsigned>(ceil_div(n, kDequantizeTiles[dtype]))}, out, packed, scales, codebook, exact_log2(blocksize), n);
+  const unsigned tiles = static_cast<unsigned>(ceil_div(n, kDequantizeTiles[dtype]));
+  launch(call, kernel, {tiles}, out, packed, scales, codebook, exact_log2(blocksize), n);
 }
 
 }  // namespace
