@@ -5,22 +5,12 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <type_traits>
 
 #include "elements.hpp"
-
-/// Ends the run, which the fuzzer takes for a crash, unless the condition holds.
-#define REQUIRE(condition)                                                                    \
-    do {                                                                                      \
-        if (!(condition)) {                                                                   \
-            std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-            std::abort();                                                                     \
-        }                                                                                     \
-    } while (0)
+#include "tests/check.hpp"  // whose CHECK ends the run, which the fuzzer takes for a crash
 
 /// Arguments of a quantizer: a dtype, a blocksize, a codebook and values. Every buffer is as large as it must be and no larger, so
 /// that the address sanitizer sees whoever leaves it.

@@ -13,8 +13,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *bytes, std::size_t size) {
     for (int64_t start = 0; start < n; start += blocksize) {
         const int64_t stop = std::min(n, start + blocksize);
         const float largest = Definition<256>::absmax(arguments, start, stop), stored = absmax[start / blocksize];
-        REQUIRE(stored == largest || (std::isnan(stored) && std::isnan(largest)));
-        for (int64_t i = start; i < stop; ++i) REQUIRE(codes[i] == definition.code(arguments.value(i), largest));
+        CHECK(stored == largest || (std::isnan(stored) && std::isnan(largest)));
+        for (int64_t i = start; i < stop; ++i) CHECK(codes[i] == definition.code(arguments.value(i), largest));
     }
     return 0;
 }

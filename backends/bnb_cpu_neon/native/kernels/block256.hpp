@@ -27,18 +27,22 @@ inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, 
     return absmax;
 }
 
-/// Fills the n entries of codes, without their scale. They go from table to memory through no vector register, which takes fewest
-/// instructions where the scale can be applied later.
+/// Elements whose entries are copied at a time.
+constexpr int64_t copy_step = 32;
+
+/// Fills the entries of `copy_step` codes. They go from table to memory through no vector register, which takes fewest instructions.
+BNB_INLINE inline void copy_entries(const uint8_t *codes, const float *codebook, float *out) {
+    unroll<copy_step / 8>([&](auto group) BNB_INLINE {
+        uint32_t entries[8];
+        for (int j = 0; j < 8; ++j) std::memcpy(entries + j, codebook + codes[8 * group + j], sizeof(float));
+        std::memcpy(out + 8 * group, entries, sizeof entries);
+    });
+}
+
+/// Fills the n entries of codes, without their scale.
 inline void copy_entries(const uint8_t *codes, const float *codebook, int64_t n, float *out) {
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        for (int64_t first = i; first < i + 32; first += 8) {
-            uint32_t entries[8];
-            for (int j = 0; j < 8; ++j) std::memcpy(entries + j, codebook + codes[first + j], sizeof(float));
-            std::memcpy(out + first, entries, sizeof entries);
-        }
-    }
-    for (; i < n; ++i) out[i] = codebook[codes[i]];
+    for (; n >= copy_step; n -= copy_step, codes += copy_step, out += copy_step) copy_entries(codes, codebook, out);
+    for (int64_t i = 0; i < n; ++i) out[i] = codebook[codes[i]];
 }
 
 }  // namespace bnb

@@ -36,14 +36,8 @@ class Codebook256 {
             for (int64_t i = 0; i < count; ++i) codes[i] = search(load1(values + i) * scale);
             return;
         }
-        int64_t i = 0;
-        for (; i + step <= count; i += step) look_up(values + i, scale, codes + i);
-        if (i == count) return;
-        T rest[step] = {};
-        uint8_t found[step];
-        std::copy(values + i, values + count, rest);
-        look_up(rest, scale, found);
-        std::copy(found, found + (count - i), codes + i);
+        for (; count >= step; count -= step, values += step, codes += step) look_up(values, scale, codes);
+        if (count) look_up_rest(values, count, scale, codes);
     }
 
   private:
@@ -71,6 +65,16 @@ class Codebook256 {
                 is_above(s[i / 4], s[i / 4 + 1], first.val[0]), is_above(s[i / 4 + 2], s[i / 4 + 3], second.val[0]));
             vst1q_u8(codes + i, vbslq_u8(above, vuzp2q_u8(codes_a, codes_b), vuzp1q_u8(codes_a, codes_b)));
         }
+    }
+
+    /// The same for fewer values.
+    template <class T>
+    __attribute__((noinline)) void look_up_rest(const T *values, int64_t count, float scale, uint8_t *codes) const {
+        T rest[step] = {};
+        uint8_t found[step];
+        std::copy(values, values + count, rest);
+        look_up(rest, scale, found);
+        std::copy(found, found + count, codes);
     }
 
     /// Whether the lower 16 bits of eight values are above those of their buckets' midpoints.

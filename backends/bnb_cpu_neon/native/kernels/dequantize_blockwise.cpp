@@ -1,4 +1,6 @@
-/// dequantize_blockwise: one form for all tiers.
+/// dequantize_blockwise: one form for all tiers. Entries are loaded one by one: table instructions, of which 16 codes take 16 of the
+/// slowest, are fewer but take longer.
+#include "kernels/block256.hpp"
 #include "kernels/blockwise.hpp"
 #include "parallel.hpp"
 
@@ -8,25 +10,18 @@ namespace {
 /// Elements below which a second thread costs more than it saves.
 constexpr int64_t grain = 1 << 15;
 
-/// Four entries of the table. Loading them one by one beats table instructions, of which 16 codes would take 16 of the slowest.
-inline float32x4_t look_up(const float *codebook, const uint8_t *codes) {
-    float32x4_t values = vdupq_n_f32(codebook[codes[0]]);
-    values = vsetq_lane_f32(codebook[codes[1]], values, 1);
-    values = vsetq_lane_f32(codebook[codes[2]], values, 2);
-    return vsetq_lane_f32(codebook[codes[3]], values, 3);
-}
-
 /// Fills `out` with n values, of which the last block may be shorter.
 template <class T>
 void dequantize_blocks(const uint8_t *codes, const float *absmax, const float *codebook, int64_t blocksize, int64_t n, T *out) {
-    for (; n > 0; n -= blocksize, codes += blocksize, ++absmax, out += blocksize) {
-        const int64_t count = std::min(n, blocksize);
+    for (; n > 0; n -= blocksize, ++absmax) {
         const float scale = *absmax;
-        int64_t i = 0;
-        for (; i + 16 <= count; i += 16) {
-            unroll<4>([&](auto j) BNB_INLINE { store4(out + i + 4 * j, vmulq_n_f32(look_up(codebook, codes + i + 4 * j), scale)); });
+        int64_t count = std::min(n, blocksize);
+        for (; count >= copy_step; count -= copy_step, codes += copy_step, out += copy_step) {
+            float entries[copy_step];
+            copy_entries(codes, codebook, entries);
+            unroll<copy_step / 4>([&](auto i) BNB_INLINE { store4(out + 4 * i, vmulq_n_f32(vld1q_f32(entries + 4 * i), scale)); });
         }
-        for (; i < count; ++i) store1(out + i, codebook[codes[i]] * scale);
+        for (; count > 0; --count) store1(out++, codebook[*codes++] * scale);
     }
 }
 

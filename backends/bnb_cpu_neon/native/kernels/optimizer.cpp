@@ -40,8 +40,8 @@ void write(const float *from, int64_t n, T *to) {
 bool all_finite(const float *values, int64_t n) {
     float32x4_t sums[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        for (int v = 0; v < 4; ++v) sums[v] = vfmaq_f32(sums[v], vld1q_f32(values + i + 8 * v), vld1q_f32(values + i + 8 * v + 4));
+    for (; i + 64 <= n; i += 64) {
+        for (int v = 0; v < 8; ++v) sums[v % 4] = vfmaq_f32(sums[v % 4], vld1q_f32(values + i + 8 * v), vld1q_f32(values + i + 8 * v + 4));
     }
     for (; i < n; i += 8) sums[0] = vfmaq_f32(sums[0], vld1q_f32(values + i), vld1q_f32(values + i + 4));
     return std::isfinite(vaddvq_f32(vaddq_f32(vaddq_f32(sums[0], sums[1]), vaddq_f32(sums[2], sums[3]))));
@@ -124,7 +124,11 @@ template <class T, class States>
 class Step {
   public:
     Step(const States &states, Algorithm algorithm, const Hyperparameters &h)
-        : states_(states), h_(h), coefficients_(algorithm, h), rule_(update_rule(algorithm, h)) {}
+        : states_(states),
+          h_(h),
+          coefficients_(algorithm, h),
+          rule_(update_rule(algorithm, h)),
+          coupled_decay_(h.weight_decay != 0 && !h.decoupled_weight_decay) {}
 
     /// Works out the norms of blocks of a tensor, changing nothing.
     Norms norms(const OptimizerTensor &tensor, int64_t begin, int64_t end) const {
@@ -193,7 +197,7 @@ class Step {
     /// Reads a chunk and prepares its gradient. With `copy`, nothing in the chunk is the tensor's own memory.
     void load(const OptimizerTensor &tensor, int64_t block, int64_t first, int64_t n, bool copy, Chunk &chunk) const {
         chunk.n = n;
-        chunk.padded = (n + 7) / 8 * 8;
+        chunk.padded = (n + 7) & ~int64_t{7};
         const bool whole = n == chunk.padded;
         chunk.param = pointer_to(static_cast<T *>(tensor.param) + first, whole && !copy, chunk, 0);
         chunk.grad = pointer_to(const_cast<T *>(static_cast<const T *>(tensor.grad)) + first, whole, chunk, 1);
@@ -222,18 +226,17 @@ class Step {
 
     BNB_INLINE void prepare_gradient(Chunk &chunk) const {
         chunk.some_left_alone = h_.skip_zeros || !all_finite(chunk.grad, chunk.padded);
-        const bool coupled_decay = h_.weight_decay != 0 && !h_.decoupled_weight_decay;
-        if (chunk.some_left_alone || coupled_decay || h_.gnorm_scale != 1) change_gradient(coupled_decay, chunk);
+        if (chunk.some_left_alone || coupled_decay_ || h_.gnorm_scale != 1) change_gradient(chunk);
     }
 
     /// Scales the gradient, adds the decay that is coupled to it, and finds out which elements are to be left alone.
-    __attribute__((noinline)) void change_gradient(bool coupled_decay, Chunk &chunk) const {
-        const float scale = static_cast<float>(h_.gnorm_scale), decay = coupled_decay ? static_cast<float>(h_.weight_decay) : 0.0f;
+    __attribute__((noinline)) void change_gradient(Chunk &chunk) const {
+        const float scale = static_cast<float>(h_.gnorm_scale), decay = coupled_decay_ ? static_cast<float>(h_.weight_decay) : 0.0f;
         float *prepared = chunk.copies[1];
         for (int64_t i = 0; i < chunk.padded; ++i) {
             const float g = chunk.grad[i];
             chunk.left_alone[i] = !std::isfinite(g) || (h_.skip_zeros && g == 0);
-            prepared[i] = chunk.left_alone[i] ? 0.0f : coupled_decay ? g * scale + decay * chunk.param[i] : g * scale;
+            prepared[i] = chunk.left_alone[i] ? 0.0f : coupled_decay_ ? g * scale + decay * chunk.param[i] : g * scale;
         }
         chunk.grad = prepared;
     }
@@ -280,6 +283,7 @@ class Step {
     const Hyperparameters &h_;
     Coefficients coefficients_;
     UpdateRule rule_;
+    bool coupled_decay_;
 };
 
 // ------------------------------------------------------------------------------------------------------------------ all tensors

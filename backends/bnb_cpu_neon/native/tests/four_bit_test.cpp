@@ -118,11 +118,15 @@ void check_dequantize(int64_t n, int64_t blocksize, int64_t nested_blocksize, in
     for (int64_t i = 0; i < n; ++i) CHECK(load1(out.data() + i) == rounded<T>(tensor[i]));
 }
 
+/// What rounding to T may take, relative to the number, and of subnormal ones of float16.
+template <class T>
+constexpr double unit = std::is_same_v<T, Half> ? 0x1p-11 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-24;
+template <class T>
+constexpr double subnormal = std::is_same_v<T, Half> ? 0x1p-25 : 0;
+
 /// Checks a product in `y` against float64: each element may be off by what its terms' magnitudes allow.
 template <class T, class Term>
 void check_product(const T *y, int64_t M, int64_t N, int64_t K, const Term &term) {
-    constexpr double unit = std::is_same_v<T, Half> ? 0x1p-11 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-24;
-    constexpr double subnormal = std::is_same_v<T, Half> ? 0x1p-25 : 0;  // what rounding to those of float16 may take
     for (int64_t m = 0; m < M; ++m)
         for (int64_t n = 0; n < N; ++n) {
             double sum = 0, magnitude = 0;
@@ -132,7 +136,7 @@ void check_product(const T *y, int64_t M, int64_t N, int64_t K, const Term &term
                 magnitude += std::abs(product);
             }
             const double error = std::abs(load1(y + m * N + n) - sum);
-            CHECK(error <= unit * std::abs(sum) + 0x1p-24 * static_cast<double>(K + 1) * magnitude + subnormal);
+            CHECK(error <= unit<T> * std::abs(sum) + 0x1p-24 * static_cast<double>(K + 1) * magnitude + subnormal<T>);
         }
 }
 
@@ -169,7 +173,6 @@ void check_fast_gemm(int64_t M, int64_t N, int64_t blocks, int64_t blocksize, in
     fill_normal(x.data(), x.size());
     Guarded<float> scratch(static_cast<std::size_t>(gemm_4bit_scratch(M, K)), static_cast<Guarded<float>::Side>(side));
     fast_gemm_4bit(dtype_of<T>, x.data(), M, weight.packed(), N, K, nullptr, y.data(), scratch.data(), 2);
-    constexpr double unit = std::is_same_v<T, Half> ? 0x1p-11 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-24;
     for (int64_t m = 0; m < M; ++m)
         for (int64_t n = 0; n < N; ++n) {
             double sum = 0, magnitude = 0;
@@ -186,7 +189,7 @@ void check_fast_gemm(int64_t M, int64_t N, int64_t blocks, int64_t blocksize, in
                 magnitude += std::abs(product);
             }
             const double error = std::abs(load1(y.data() + m * N + n) - sum);
-            CHECK(error <= unit * std::abs(sum) + 0x1p-24 * static_cast<double>(blocks + 6) * magnitude);
+            CHECK(error <= unit<T> * std::abs(sum) + 0x1p-24 * static_cast<double>(blocks + 6) * magnitude + subnormal<T>);
         }
 }
 

@@ -164,11 +164,14 @@ TEST(placement_of_embeddings) {
 TEST(placement_of_4bit_products) {
     for (const int64_t M : {1, 6}) {
         check_placement(1, [&](Memory &memory, int64_t K, DType dtype) {
-            const int64_t N = 5;
+            constexpr int64_t N = 5;
             const Packed4bit weight = memory.packed(N * K, M == 1);
             const void *x = memory.values(dtype, M * K), *bias = memory.values(dtype, N), *g = memory.values(dtype, M * N);
             float *scratch = memory.scratch<float>(gemm_4bit_scratch(M, K));
             gemm_4bit(dtype, x, M, weight, N, K, bias, memory.out(dtype, M * N), scratch, 1);
+            if (K % weight.scales.blocksize == 0) {
+                in_every_tier([&] { fast_gemm_4bit(dtype, x, M, weight, N, K, bias, memory.out(dtype, M * N), scratch, 1); });
+            }
             scratch = memory.scratch<float>(gemm_4bit_transposed_scratch(M, N));
             gemm_4bit_transposed(dtype, g, M, weight, N, K, memory.out(dtype, M * K), scratch, 1);
         });

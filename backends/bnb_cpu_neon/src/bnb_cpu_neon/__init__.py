@@ -6,12 +6,13 @@ from typing import List
 
 from bnb_core.backends import Backend, hookimpl
 from bnb_cpu_neon.engine import __version__, backend
-from bnb_cpu_neon.precision import current_precision, set_precision, use_precision
+from bnb_cpu_neon.precision import PRECISIONS, current_precision, set_precision, use_precision
 
 # The kernels register themselves on `backend`.
 from bnb_cpu_neon import blockwise, embedding, four_bit, gemm_4bit, int8, optimizer  # isort: skip
 
 __all__ = [
+    "PRECISIONS",
     "__version__",
     "backend",
     "blockwise",
