@@ -13,7 +13,7 @@ with_tensor_cores = pytest.mark.skipif(max(ARCHITECTURES) < 80, reason="built wi
 
 GEMM = """
 weight = {packed}, 12288, 16384, {blocksize}, {N}, {K}
-_native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192)
+_native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192, "{path}")
 """
 INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
 
@@ -28,7 +28,18 @@ def names(run, *calls: str) -> list:
 
 
 def gemm(**settings) -> str:
-    call = {"dtype": BFLOAT16, "x": 4096, "M": 1, "packed": 8192, "blocksize": 64, "N": 256, "K": 512, "nested": 0, **settings}
+    call = {
+        "dtype": BFLOAT16,
+        "x": 4096,
+        "M": 1,
+        "packed": 8192,
+        "blocksize": 64,
+        "N": 256,
+        "K": 512,
+        "nested": 0,
+        "path": "automatic",
+    }
+    call.update(settings)
     return GEMM.format(**call)
 
 
@@ -128,8 +139,35 @@ def test_an_older_device_runs_one_kernel_after_the_other(run_with_driver):
 
 
 @with_tensor_cores
+def test_a_path_can_be_named(run_with_driver):
+    """Whatever the automatic choice is, which comes first among those that take a product."""
+    code = "print(*_native.gemm_4bit_paths(0, 2, M, 1024, 512, 64, nested))\n"
+    listed = "M, nested = 1, False\n" + code + "nested = True\n" + code + "M = 64\n" + code
+    assert run_with_driver(listed, str(max(ARCHITECTURES))).output.splitlines() == [
+        "one many few any",
+        "few many any",
+        "many few any",
+    ]
+    assert names(run_with_driver, *(gemm(N=1024, path=path) for path in ("many", "one", "few", "any"))) == [
+        "gemm_4bit_many32_bfloat16",
+        "gemm_4bit_one_bfloat16",
+        "gemm_4bit_few_one_bfloat16",
+        "gemm_4bit_any_bfloat16",
+    ]
+
+
+def test_a_path_that_does_not_take_the_product_is_refused(run_with_driver):
+    for settings in ({"M": 2, "path": "one"}, {"path": "none"}, {"K": 500, "path": "few"}, {"x": 4098, "path": "many"}):
+        refused = (
+            "try:\n    " + gemm(**settings).strip().replace("\n", "\n    ") + "\nexcept ValueError as error:\n    print(error)"
+        )
+        output = run_with_driver(refused, str(max(ARCHITECTURES))).output
+        assert output.startswith(f"gemm_4bit: no path '{settings['path']}' takes this product")
+
+
+@with_tensor_cores
 def test_scratch_holds_the_sums_of_every_part(run_with_driver):
-    code = "print(*(_native.gemm_4bit_scratch(0, 2, M, 256, 4096, 64) for M in (16, 64, 1024)))"
+    code = "print(*(_native.gemm_4bit_scratch(0, 2, M, 256, 4096, 64, False, 'automatic') for M in (16, 64, 1024)))"
     assert run_with_driver(code, str(max(ARCHITECTURES))).output.split() == ["0", str(4 * 4 * 64 * 256), "0"]
 
 
