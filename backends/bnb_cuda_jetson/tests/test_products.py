@@ -15,7 +15,7 @@ GEMM = """
 weight = {packed}, 12288, 16384, {blocksize}, {N}, {K}
 _native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192, "{path}")
 """
-INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
+INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536, '{path}')\n"
 
 
 def launches(run, *calls: str) -> list:
@@ -44,7 +44,7 @@ def gemm(**settings) -> str:
 
 
 def int8(**settings) -> str:
-    return INT8.format(**{"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, **settings})
+    return INT8.format(**{"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, "path": "automatic", **settings})
 
 
 @with_tensor_cores
@@ -90,6 +90,15 @@ def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
 @with_tensor_cores
 def test_small_products_of_many_rows_take_a_kernel_for_few(run_with_driver):
     assert names(run_with_driver, gemm(M=17), gemm(M=32)) == ["gemm_4bit_few_rows32_bfloat16"] * 2
+
+
+@with_tensor_cores
+def test_few_rows_of_a_long_weight_take_a_kernel_for_many(run_with_driver):
+    """Those for few would read x too often, and with nested scales share the columns among fewer warps."""
+    plain = [gemm(M=M, K=K, N=2048) for M, K in ((4, 14336), (5, 14336), (16, 14336), (16, 8192))]
+    nested = [gemm(M=M, K=K, N=2048, nested=512) for M, K in ((8, 4096), (9, 4096), (16, 2048))]
+    many = [name.startswith("gemm_4bit_many") for name in names(run_with_driver, *plain, *nested)]
+    assert many == [False, True, True, False, False, True, False]
 
 
 @with_tensor_cores
@@ -163,6 +172,37 @@ def test_a_path_that_does_not_take_the_product_is_refused(run_with_driver):
         )
         output = run_with_driver(refused, str(max(ARCHITECTURES))).output
         assert output.startswith(f"gemm_4bit: no path '{settings['path']}' takes this product")
+
+
+@pytest.mark.skipif(72 not in ARCHITECTURES, reason="built without code for Xavier")
+def test_tensor_cores_of_xavier(run_with_driver):
+    """Of float16 and int8; bfloat16 is a way to store there, and arithmetic is in float32."""
+    calls = [gemm(dtype=FLOAT16, M=M, nested=M % 2 * 512) for M in (4, 5, 16, 32, 33, 65)]
+    calls += [
+        gemm(dtype=FLOAT16, M=9, blocksize=32),
+        gemm(dtype=BFLOAT16, M=9),
+        int8(rows=4),
+        int8(rows=5),
+        int8(rows=17),
+        int8(rows=5, K=520),
+    ]
+    run = run_with_driver("".join(calls), "72")
+    assert [
+        tuple(call.split()[:2]) for call in run.calls_of("cuLaunchKernel") if "quantize" not in call and "inspect" not in call
+    ] == [
+        ("gemm_4bit_few_scalar2_float16", "16x1x1"),
+        ("gemm_4bit_wmma16", "2x1x1"),
+        ("gemm_4bit_wmma16", "2x1x1"),
+        ("gemm_4bit_wmma32", "2x1x1"),
+        ("gemm_4bit_wmma64", "2x1x1"),
+        ("gemm_4bit_wmma64", "2x2x1"),
+        ("gemm_4bit_any_float16", "4x1x1"),
+        ("gemm_4bit_any_bfloat16", "4x1x1"),
+        ("int8_linear_four_float16", "8x1x1"),
+        ("int8_linear_wmma_few_float16", "2x1x1"),
+        ("int8_linear_wmma_many_float16", "2x1x1"),
+        ("int8_linear_any_float16", "4x1x1"),
+    ]
 
 
 @with_tensor_cores

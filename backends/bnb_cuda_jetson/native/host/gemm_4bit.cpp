@@ -1,55 +1,13 @@
-// Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
-#include <algorithm>
-#include <cstring>
-#include <iterator>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+// Entry points of gemm_4bit, and which of its kernels multiplies.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "arguments.h"
 #include "bindings.h"
-#include "launch.h"
+#include "paths.h"
+#include "weight_4bit.h"
 
 namespace bnb {
 namespace {
-
-// The same struct as in native/device/weight_4bit.cuh.
-struct Weight4bit {
-  Address packed;
-  Scales scales;
-  Address codebook;
-  std::int64_t N;
-  std::int64_t K;
-  std::int64_t first_block = 0;
-  int blocksize_shift;
-  int unused = 0;
-};
-
-// ------------------------------------------------------------------------------------------------------- any shape and alignment
-constexpr int kAnyRows = 32;  // tile of tiled_product.cuh
-constexpr int kAnyOutputs = 64;
-
-Kernel any_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_bfloat16", 256},
-};
-Kernel transposed_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_bfloat16", 256},
-};
-
-constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
-
-// Rows of x are tiles in a grid's second dimension: as many launches as that needs.
-template <class Launch>
-void by_rows(std::int64_t rows, std::int64_t tile, Launch launch_rows) {
-  for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile) launch_rows(first, std::min(rows - first, kMostGridRows * tile));
-}
 
 // What is multiplied, as far as kernels may depend on it.
 struct Product {
@@ -175,6 +133,7 @@ Kernel one_kernels[2] = {
 // Elements of W on a multiprocessor from which this is faster than the kernels for few rows, and from which two blocks are than one.
 constexpr std::int64_t kWorthOne = 64 << 10, kWorthTwoBlocks = 1 << 20;
 
+// Nested scales take longer here than with the kernels for few rows.
 bool fits_one(const Product& product) {
   return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
 }
@@ -250,9 +209,13 @@ constexpr double kSmallProduct = 1.2e6;
 bool fits_many(const Product& product) { return fits_few(product) && product.has_tensor_cores() && product.one_scale_for_64(); }
 
 bool is_worth_many(const Product& product) {
-  const bool small = product.M <= 32 && static_cast<double>(product.M) * product.N * product.K <=
-                                            kSmallProduct * product.device.multiprocessors;
-  return product.M > 16 && !small;
+  if (product.M <= 16) {
+    // The kernels for few rows read x anew for every 16 rows of W. Measured on sm_90.
+    constexpr std::int64_t kLongRows = 12288, kLongRowsNested = 4096;
+    return (product.M > 4 && product.K >= kLongRows) || (product.M > 8 && product.nested && product.K >= kLongRowsNested);
+  }
+  const double products = static_cast<double>(product.M) * product.N * product.K;
+  return product.M > 32 || products > kSmallProduct * product.device.multiprocessors;
 }
 
 void multiply_many(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias,
@@ -273,49 +236,59 @@ void multiply_many(const Call& call, const Product& product, Address out, Addres
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ which of these
-struct Path {
-  const char* name;
-  bool (*fits)(const Product&);
-  bool (*is_worth)(const Product&);  // where it fits, and none before it is
+// ------------------------------------------------------------------------------------------------- tensor cores before sm_80
+// The kernels of gemm_4bit_wmma.cu, of float16: by the rows of x of a tile.
+constexpr int kWmmaTokens[] = {16, 32, 64};
+constexpr int kWmmaRows = 128;  // of W that a block multiplies
+
+constexpr unsigned wmma_shared_bytes(unsigned tokens) {
+  const unsigned plane = 32 * (kWmmaRows + 1) + 32 * (tokens + 1);  // 16 columns
+  return 4 * kPairTable + 2 * (4 * plane + 4 * kWmmaRows);
+}
+static_assert(wmma_shared_bytes(64) <= kSharedOfXavier, "64 rows of x");
+
+Kernel wmma_kernels[3] = {
+    {"gemm_4bit_wmma", "gemm_4bit_wmma16", 256, wmma_shared_bytes(16)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma32", 256, wmma_shared_bytes(32)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64)},
 };
 
-constexpr Path kMany{"many", fits_many, is_worth_many};
-constexpr Path kOne{"one", fits_one, is_worth_one};
-constexpr Path kFew{"few", fits_few, [](const Product& product) { return product.M <= most_few(product); }};
-constexpr Path kAny{"any", [](const Product&) { return true; }, [](const Product&) { return true; }};
-constexpr const Path* kPaths[] = {&kMany, &kOne, &kFew, &kAny};
-constexpr const char* kAutomatic = "automatic";
+bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }
 
-const Path& choose(const Product& product) {
-  return **std::find_if(std::begin(kPaths), std::end(kPaths), [&](const Path* path) { return path->fits(product) && path->is_worth(product); });
+// The kernels for few rows read W once for every two rows of x.
+bool is_worth_wmma(const Product& product) { return product.M > 4 && !product.has_tensor_cores(); }
+
+void multiply_wmma(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
+  const int size = product.M <= 16 ? 0 : product.M <= 32 ? 1 : 2, tokens = kWmmaTokens[size];
+  by_rows(product.M, tokens, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kWmmaRows)), static_cast<unsigned>(ceil_div(count, tokens))};
+    launch(call, wmma_kernels[size], grid, out + 2 * first * weight.N, x + 2 * first * weight.K, weight, bias, count);
+  });
 }
 
-const Path& path_named(const char* name, const Product& product) {
-  if (!std::strcmp(name, kAutomatic)) return choose(product);
-  for (const Path* path : kPaths) {
-    if (!std::strcmp(name, path->name) && path->fits(product)) return *path;
-  }
-  throw std::invalid_argument(std::string("gemm_4bit: no path '") + name + "' takes this product; gemm_4bit_paths names those that do");
-}
+// ------------------------------------------------------------------------------------------------------------- which of these
+bool always(const Product&) { return true; }
+bool is_worth_few(const Product& product) { return product.M <= most_few(product); }
+
+constexpr Path<Product> kMany{"many", fits_many, is_worth_many};
+constexpr Path<Product> kOne{"one", fits_one, is_worth_one};
+constexpr Path<Product> kWmma{"wmma", fits_wmma, is_worth_wmma};
+constexpr Path<Product> kFew{"few", fits_few, is_worth_few};
+constexpr Path<Product> kAny{"any", always, always};
+constexpr Paths<Product, 5> kPaths{"gemm_4bit", {&kMany, &kOne, &kWmma, &kFew, &kAny}};
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
 // The names of the paths that take a product whose operands begin at multiples of 16 bytes; first the one that is automatic.
 std::vector<std::string> gemm_4bit_paths(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize,
                                          bool nested) {
-  const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  std::vector<std::string> names{choose(product).name};
-  for (const Path* path : kPaths) {
-    if (path->fits(product) && path->name != names[0]) names.push_back(path->name);
-  }
-  return names;
+  return kPaths.names({device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true});
 }
 
 // Bytes of scratch memory for a call, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, bool nested,
                                const char* path) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  if (&path_named(path, product) != &kMany) return 0;
+  if (&kPaths.named(path, product) != &kMany) return 0;
   const Cut cut = cut_many(product);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
@@ -325,64 +298,16 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
                Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch, const char* path) {
   Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
+  const Scales scales(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize);
+  const Weight4bit weight(packed, scales, codebook, blocksize, N, K);
   const bool aligned = packed % 16 == 0 && x % 16 == 0 && weight.scales.nested_shift >= 0;
   const Product product{call.device, dtype, M, N, K, weight.blocksize_shift, nested_absmax != 0, aligned};
-  const Path& chosen = path_named(path, product);
+  const Path<Product>& chosen = kPaths.named(path, product);
   if (&chosen == &kMany) return multiply_many(call, product, out, x, weight, bias, scratch);
   if (&chosen == &kOne) return multiply_one(call, product, out, x, weight, bias);
+  if (&chosen == &kWmma) return multiply_wmma(call, product, out, x, weight, bias);
   if (&chosen == &kFew) return multiply_few(call, product, out, x, weight, bias);
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(N, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, any_kernels[dtype], grid, out + first * N * size, x + first * K * size, weight, bias, count, Address(0), 0);
-  });
-}
-
-void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Address g, std::int64_t M, Address packed, Address absmax,
-                          Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address nested_absmax,
-                          Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
-  Call call("gemm_4bit_transposed", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(K, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, transposed_kernels[dtype], grid, out + first * K * size, g + first * N * size, weight, count, Address(0), 0);
-  });
-}
-
-Kernel panel_kernel("gemm_4bit_panel", "gemm_4bit_panel", 256);
-
-// Dequantize a part of a weight to bfloat16. K and the column numbers are multiples of 8, `packed` of 4.
-void gemm_4bit_panel(int device, Address stream, Address out, Address packed, Address absmax, Address codebook, std::int64_t blocksize,
-                     std::int64_t N, std::int64_t K, std::int64_t first_row, std::int64_t rows, std::int64_t first_column,
-                     std::int64_t columns, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                     std::int64_t nested_blocksize) {
-  Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t across = ceil_div(columns, 8 * 256), down = ceil_div(panel_kernel.on(call.device).resident_blocks, across);
-  const Grid grid{static_cast<unsigned>(across), static_cast<unsigned>(std::min({ceil_div(rows, 4), down, kMostGridRows}))};
-  launch(call, panel_kernel, grid, out, weight, first_row, rows, first_column, columns);
-}
-
-void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
-                       Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
-                       bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                       std::int64_t nested_blocksize) {
-  Call call(transposed ? "grouped_gemm_4bit_transposed" : "grouped_gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  // Which tokens are whose is known on the device alone: as many tiles of tokens as there can be, those left over do nothing.
-  const std::int64_t tiles = tokens / kAnyRows + std::min<std::int64_t>(experts, tokens);
-  const Grid grid{static_cast<unsigned>(ceil_div(transposed ? K : N, kAnyOutputs)), static_cast<unsigned>(std::min(tiles, kMostGridRows))};
-  if (transposed) {
-    launch(call, transposed_kernels[dtype], grid, out, x, weight, tokens, offsets, experts);
-  } else {
-    launch(call, any_kernels[dtype], grid, out, x, weight, Address(0), tokens, offsets, experts);
-  }
+  multiply_any(call, dtype, out, x, weight, bias, M);
 }
 
 }  // namespace
@@ -391,9 +316,6 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
   module.def("gemm_4bit_paths", &gemm_4bit_paths);
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
-  module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
-  module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
-  module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
 }
 
 }  // namespace bnb

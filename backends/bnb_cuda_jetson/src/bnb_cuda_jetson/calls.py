@@ -15,6 +15,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Numbers by which the native entry points know dtypes; the same as in native/host/arguments.h.
 DTYPES = {dtype: number for number, dtype in enumerate(FLOATS)}
 
+#: The path of products for which the native module chooses the kernel; `gemm_4bit_paths` and `int8_paths` name the others.
+AUTOMATIC = "automatic"
+
 #: Return the address of torch's current stream on a device. Builds of torch without CUDA have none, and no CUDA tensors either.
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 

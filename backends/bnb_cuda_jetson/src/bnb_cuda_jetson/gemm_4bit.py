@@ -9,12 +9,10 @@ import torch
 from bnb_core.backends import Call
 from bnb_core.ops.spec import Nested
 from bnb_cuda_jetson import _native, panels
-from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
+from bnb_cuda_jetson.calls import AUTOMATIC, DTYPES, address, current_stream, kernel, nested_addresses
 
-#: The native module chooses the kernel; its `gemm_4bit_paths` names what else may stand here.
-_PATH = "automatic"
 #: Rows of x from which a product may need scratch memory; for fewer, asking would cost more than the answer.
-_SCRATCH_FROM = 17
+_SCRATCH_FROM = 5
 
 
 def _panel_size(x: torch.Tensor, packed: torch.Tensor, blocksize: int, N: int, K: int, transposed: bool) -> int:
@@ -32,7 +30,7 @@ def _scratch(call: Call) -> int:
     if size:
         return 2 * size * int(call.K)
     product = call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize, call.nested is not None
-    sums: int = _native.gemm_4bit_scratch(*product, _PATH)
+    sums: int = _native.gemm_4bit_scratch(*product, AUTOMATIC)
     return sums
 
 
@@ -78,7 +76,7 @@ def gemm_4bit(
         address(bias),
         *nested_addresses(nested),
         scratch.data_ptr(),
-        _PATH,
+        AUTOMATIC,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bnb_core.backends import Call
 from bnb_cuda_jetson import _native
-from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel
+from bnb_cuda_jetson.calls import AUTOMATIC, DTYPES, address, current_stream, kernel
 
 
 @kernel("int8_quantize_rows")
@@ -37,7 +37,7 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
     """Fill `out` with a b^T."""
     device = a.get_device()
     M, K = a.shape
-    _native.int8_matmul(device, current_stream(device), out.data_ptr(), a.data_ptr(), b.data_ptr(), M, b.shape[0], K)
+    _native.int8_matmul(device, current_stream(device), out.data_ptr(), a.data_ptr(), b.data_ptr(), M, b.shape[0], K, AUTOMATIC)
 
 
 @kernel("int8_matmul_dequant")
@@ -107,6 +107,7 @@ def int8_linear(
         N,
         K,
         scratch.data_ptr(),
+        AUTOMATIC,
     )
 
 
