@@ -209,7 +209,7 @@ def gpu(session: nox.Session) -> None:
     install_editable(session, *PACKAGES)
     session.install("pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
     install_cuda_backend(session, CUDA_ARCHITECTURES)
-    session.run("pytest", f"{CUDA}/tests/test_on_device.py")
+    session.run("pytest", f"{CUDA}/tests/test_on_device.py", f"{CUDA}/tests/test_products_on_device.py")
     conformance = [
         "pytest",
         "--pyargs",
