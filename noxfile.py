@@ -221,7 +221,7 @@ def gpu(session: nox.Session) -> None:
         command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
         # Each op in each dtype, and each kernel of products and steps; the whole suite takes hours there.
         session.run(*command, *conformance, "-x", "-k", "plain_call or _shape or few_rows or many_tensors", external=True)
-    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "host", "end_to_end"):
+    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "paths", "host", "end_to_end"):
         session.run("python", f"benchmarks/gpu_{benchmark}.py", *session.posargs)
 
 

@@ -1,11 +1,12 @@
 // Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -133,9 +134,6 @@ FewKernel& few_kernel(const Product& product) {
 
 bool fits_few(const Product& product) { return product.aligned && product.K % 32 == 0 && product.K < (std::int64_t(1) << 31) - 4096; }
 
-// Rows up to which these win over the kernels for any shape.
-std::int64_t most_few(const Product& product) { return product.has_tensor_cores() ? 1 << 30 : 8; }
-
 // Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
 // one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
 // those of a multiprocessor slow each other down.
@@ -172,14 +170,12 @@ Kernel one_kernels[2] = {
     {"gemm_4bit_one", "gemm_4bit_one_bfloat16", 256, kOneBytes},
 };
 
-// Elements of W on a multiprocessor from which this is faster than the kernels for few rows, and from which two blocks are than one.
-constexpr std::int64_t kWorthOne = 64 << 10, kWorthTwoBlocks = 1 << 20;
+// Elements of W on a multiprocessor from which two blocks are faster than one.
+constexpr std::int64_t kWorthTwoBlocks = 1 << 20;
 
 bool fits_one(const Product& product) {
   return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
 }
-
-bool is_worth_one(const Product& product) { return product.N * product.K >= kWorthOne * product.device.multiprocessors; }
 
 void multiply_one(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
   Kernel& kernel = one_kernels[product.dtype - kFloat16];
@@ -213,54 +209,29 @@ Kernel add_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
 };
 
-// How the kernels for many rows cut a product: the size of tiles of rows of x, as an index of kManyTokens, and blocks that share the
-// columns, `stages` stages each.
+// How the kernels for many rows cut the columns: into parts for different blocks, of `stages` stages each.
 struct Cut {
-  int size;
   int parts;
   int stages;
 };
 
-// The cut that takes the fewest clocks, by an estimate that src/bnb_cuda_jetson/panels.py makes too: clocks of a stage of each size, of
-// a launch, and bytes in a clock and multiprocessor of the sums of parts, which are written and read again. As measured on sm_90.
-Cut cut_many(const Product& product) {
-  constexpr double kStageClocks[] = {1740, 2400, 3860}, kLaunchClocks = 2000, kSumBytes = 19;
-  const Device& device = product.device;
-  const std::int64_t M = product.M, N = product.N, K = product.K;
-  const std::int64_t stages = ceil_div(K, kManyDepth);
-  Cut best{};
-  double fewest = 0;
-  for (int size = 0; size < 3; ++size) {
-    const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, kManyTokens[size]);
-    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
-    const std::int64_t each = ceil_div(stages, wanted), parts = ceil_div(stages, each);
-    double clocks = static_cast<double>(ceil_div(blocks * parts, device.multiprocessors)) * each * kStageClocks[size];
-    if (parts > 1) clocks += kLaunchClocks + 8.0 * parts * M * N / (kSumBytes * device.multiprocessors);
-    if (!size || clocks < fewest) {
-      fewest = clocks;
-      best = {size, static_cast<int>(parts), static_cast<int>(each)};
-    }
-  }
-  return best;
+// As many parts as there are multiprocessors for, if each has work enough. tokens: rows of x of a tile.
+Cut cut_many(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const std::int64_t stages = ceil_div(K, kManyDepth), blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens);
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(multiprocessors / blocks, stages / kFewestStages));
+  const std::int64_t each = ceil_div(stages, wanted);
+  return {static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
-
-// Products of a multiprocessor up to which the kernels for few rows are faster: those for many take longer to start.
-constexpr double kSmallProduct = 1.2e6;
 
 bool fits_many(const Product& product) { return fits_few(product) && product.has_tensor_cores() && product.one_scale_for_64(); }
 
-bool is_worth_many(const Product& product) {
-  const bool small = product.M <= 32 && static_cast<double>(product.M) * product.N * product.K <=
-                                            kSmallProduct * product.device.multiprocessors;
-  return product.M > 16 && !small;
-}
-
-void multiply_many(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias,
+// size: of tiles, as an index of kManyTokens.
+void multiply_many(const Call& call, const Product& product, int size, Address out, Address x, const Weight4bit& weight, Address bias,
                    Address scratch) {
-  const Cut cut = cut_many(product);
   const std::int64_t M = product.M;
-  const int index = product.dtype - kFloat16, tokens = kManyTokens[cut.size];
-  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][cut.size];
+  const int index = product.dtype - kFloat16, tokens = kManyTokens[size];
+  const Cut cut = cut_many(call.device.multiprocessors, tokens, M, weight.N, weight.K);
+  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][size];
   const Address sums = cut.parts > 1 ? scratch : 0;
   by_rows(M, tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
     const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, tokens)),
@@ -274,25 +245,20 @@ void multiply_many(const Call& call, const Product& product, Address out, Addres
 }
 
 // ------------------------------------------------------------------------------------------------------------------ which of these
+// The ways to multiply. src/bnb_cuda_jetson/choice.py chooses.
 struct Path {
   const char* name;
   bool (*fits)(const Product&);
-  bool (*is_worth)(const Product&);  // where it fits, and none before it is
+  int size = -1;  // of the tiles of those for many rows, as an index of kManyTokens
 };
 
-constexpr Path kMany{"many", fits_many, is_worth_many};
-constexpr Path kOne{"one", fits_one, is_worth_one};
-constexpr Path kFew{"few", fits_few, [](const Product& product) { return product.M <= most_few(product); }};
-constexpr Path kAny{"any", [](const Product&) { return true; }, [](const Product&) { return true; }};
-constexpr const Path* kPaths[] = {&kMany, &kOne, &kFew, &kAny};
-constexpr const char* kAutomatic = "automatic";
-
-const Path& choose(const Product& product) {
-  return **std::find_if(std::begin(kPaths), std::end(kPaths), [&](const Path* path) { return path->fits(product) && path->is_worth(product); });
-}
+constexpr Path kAny{"any", [](const Product&) { return true; }};
+constexpr Path kOne{"one", fits_one};
+constexpr Path kFew{"few", fits_few};
+constexpr Path kMany[] = {{"many32", fits_many, 0}, {"many64", fits_many, 1}, {"many128", fits_many, 2}};
+constexpr const Path* kPaths[] = {&kAny, &kOne, &kFew, &kMany[0], &kMany[1], &kMany[2]};
 
 const Path& path_named(const char* name, const Product& product) {
-  if (!std::strcmp(name, kAutomatic)) return choose(product);
   for (const Path* path : kPaths) {
     if (!std::strcmp(name, path->name) && path->fits(product)) return *path;
   }
@@ -300,27 +266,34 @@ const Path& path_named(const char* name, const Product& product) {
 }
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
-// The names of the paths that take a product whose operands begin at multiples of 16 bytes; first the one that is automatic.
+// The names of the paths that take a product whose operands begin at multiples of 16 bytes.
 std::vector<std::string> gemm_4bit_paths(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize,
                                          bool nested) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  std::vector<std::string> names{choose(product).name};
+  std::vector<std::string> names;
   for (const Path* path : kPaths) {
-    if (path->fits(product) && path->name != names[0]) names.push_back(path->name);
+    if (path->fits(product)) names.push_back(path->name);
   }
   return names;
 }
 
-// Bytes of scratch memory for a call, for sums of parts of the columns.
+// Bytes of scratch memory that a path needs, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, bool nested,
                                const char* path) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  if (&path_named(path, product) != &kMany) return 0;
-  const Cut cut = cut_many(product);
+  const Path& chosen = path_named(path, product);
+  if (chosen.size < 0) return 0;
+  const Cut cut = cut_many(product.device.multiprocessors, kManyTokens[chosen.size], M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
 
-// path: "automatic", or one of those that gemm_4bit_paths names.
+// How kernels for many rows, with tiles of `tokens` rows, cut the columns: into how many parts, of how many stages of 128 columns.
+std::pair<int, int> gemm_4bit_cut(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const Cut cut = cut_many(multiprocessors, tokens, M, N, K);
+  return {cut.parts, cut.stages};
+}
+
+// path: one of those that gemm_4bit_paths names.
 void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
                Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch, const char* path) {
@@ -330,7 +303,7 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
   const bool aligned = packed % 16 == 0 && x % 16 == 0 && weight.scales.nested_shift >= 0;
   const Product product{call.device, dtype, M, N, K, weight.blocksize_shift, nested_absmax != 0, aligned};
   const Path& chosen = path_named(path, product);
-  if (&chosen == &kMany) return multiply_many(call, product, out, x, weight, bias, scratch);
+  if (chosen.size >= 0) return multiply_many(call, product, chosen.size, out, x, weight, bias, scratch);
   if (&chosen == &kOne) return multiply_one(call, product, out, x, weight, bias);
   if (&chosen == &kFew) return multiply_few(call, product, out, x, weight, bias);
   const std::int64_t size = dtype == kFloat32 ? 4 : 2;
@@ -391,6 +364,7 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
   module.def("gemm_4bit_paths", &gemm_4bit_paths);
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
+  module.def("gemm_4bit_cut", &gemm_4bit_cut);
   module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
   module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
   module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
