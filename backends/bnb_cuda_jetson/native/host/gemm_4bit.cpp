@@ -1,4 +1,7 @@
-// Entry points of gemm_4bit, and which of its kernels multiplies.
+// Entry points of gemm_4bit, one of whose kernels the caller names.
+#include <utility>
+
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -91,9 +94,6 @@ FewKernel& few_kernel(const Product& product) {
 
 bool fits_few(const Product& product) { return product.aligned && product.K % 32 == 0 && product.K < (std::int64_t(1) << 31) - 4096; }
 
-// Rows up to which these win over the kernels for any shape.
-std::int64_t most_few(const Product& product) { return product.has_tensor_cores() ? 1 << 30 : 8; }
-
 // Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
 // one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
 // those of a multiprocessor slow each other down.
@@ -130,15 +130,13 @@ Kernel one_kernels[2] = {
     {"gemm_4bit_one", "gemm_4bit_one_bfloat16", 256, kOneBytes},
 };
 
-// Elements of W on a multiprocessor from which this is faster than the kernels for few rows, and from which two blocks are than one.
-constexpr std::int64_t kWorthOne = 64 << 10, kWorthTwoBlocks = 1 << 20;
+// Elements of W on a multiprocessor from which two blocks are faster than one.
+constexpr std::int64_t kWorthTwoBlocks = 1 << 20;
 
 // Nested scales take longer here than with the kernels for few rows.
 bool fits_one(const Product& product) {
   return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
 }
-
-bool is_worth_one(const Product& product) { return product.N * product.K >= kWorthOne * product.device.multiprocessors; }
 
 void multiply_one(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
   Kernel& kernel = one_kernels[product.dtype - kFloat16];
@@ -172,58 +170,29 @@ Kernel add_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
 };
 
-// How the kernels for many rows cut a product: the size of tiles of rows of x, as an index of kManyTokens, and blocks that share the
-// columns, `stages` stages each.
+// How the kernels for many rows cut the columns: into parts for different blocks, of `stages` stages each.
 struct Cut {
-  int size;
   int parts;
   int stages;
 };
 
-// The cut that takes the fewest clocks, by an estimate that src/bnb_cuda_jetson/panels.py makes too: clocks of a stage of each size, of
-// a launch, and bytes in a clock and multiprocessor of the sums of parts, which are written and read again. As measured on sm_90.
-Cut cut_many(const Product& product) {
-  constexpr double kStageClocks[] = {1740, 2400, 3860}, kLaunchClocks = 2000, kSumBytes = 19;
-  const Device& device = product.device;
-  const std::int64_t M = product.M, N = product.N, K = product.K;
-  const std::int64_t stages = ceil_div(K, kManyDepth);
-  Cut best{};
-  double fewest = 0;
-  for (int size = 0; size < 3; ++size) {
-    const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, kManyTokens[size]);
-    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
-    const std::int64_t each = ceil_div(stages, wanted), parts = ceil_div(stages, each);
-    double clocks = static_cast<double>(ceil_div(blocks * parts, device.multiprocessors)) * each * kStageClocks[size];
-    if (parts > 1) clocks += kLaunchClocks + 8.0 * parts * M * N / (kSumBytes * device.multiprocessors);
-    if (!size || clocks < fewest) {
-      fewest = clocks;
-      best = {size, static_cast<int>(parts), static_cast<int>(each)};
-    }
-  }
-  return best;
+// As many parts as there are multiprocessors for, if each has work enough. tokens: rows of x of a tile.
+Cut cut_many(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const std::int64_t stages = ceil_div(K, kManyDepth), blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens);
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(multiprocessors / blocks, stages / kFewestStages));
+  const std::int64_t each = ceil_div(stages, wanted);
+  return {static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
-
-// Products of a multiprocessor up to which the kernels for few rows are faster: those for many take longer to start.
-constexpr double kSmallProduct = 1.2e6;
 
 bool fits_many(const Product& product) { return fits_few(product) && product.has_tensor_cores() && product.one_scale_for_64(); }
 
-bool is_worth_many(const Product& product) {
-  if (product.M <= 16) {
-    // The kernels for few rows read x anew for every 16 rows of W. Measured on sm_90.
-    constexpr std::int64_t kLongRows = 12288, kLongRowsNested = 4096;
-    return (product.M > 4 && product.K >= kLongRows) || (product.M > 8 && product.nested && product.K >= kLongRowsNested);
-  }
-  const double products = static_cast<double>(product.M) * product.N * product.K;
-  return product.M > 32 || products > kSmallProduct * product.device.multiprocessors;
-}
-
-void multiply_many(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias,
+// size: of tiles, as an index of kManyTokens.
+void multiply_many(const Call& call, const Product& product, int size, Address out, Address x, const Weight4bit& weight, Address bias,
                    Address scratch) {
-  const Cut cut = cut_many(product);
   const std::int64_t M = product.M;
-  const int index = product.dtype - kFloat16, tokens = kManyTokens[cut.size];
-  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][cut.size];
+  const int index = product.dtype - kFloat16, tokens = kManyTokens[size];
+  const Cut cut = cut_many(call.device.multiprocessors, tokens, M, weight.N, weight.K);
+  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][size];
   const Address sums = cut.parts > 1 ? scratch : 0;
   by_rows(M, tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
     const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, tokens)),
@@ -255,9 +224,6 @@ Kernel wmma_kernels[3] = {
 
 bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }
 
-// The kernels for few rows read W once for every two rows of x.
-bool is_worth_wmma(const Product& product) { return product.M > 4 && !product.has_tensor_cores(); }
-
 void multiply_wmma(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
   const int size = product.M <= 16 ? 0 : product.M <= 32 ? 1 : 2, tokens = kWmmaTokens[size];
   by_rows(product.M, tokens, [&](std::int64_t first, std::int64_t count) {
@@ -267,33 +233,40 @@ void multiply_wmma(const Call& call, const Product& product, Address out, Addres
 }
 
 // ------------------------------------------------------------------------------------------------------------- which of these
-bool always(const Product&) { return true; }
-bool is_worth_few(const Product& product) { return product.M <= most_few(product); }
-
-constexpr Path<Product> kMany{"many", fits_many, is_worth_many};
-constexpr Path<Product> kOne{"one", fits_one, is_worth_one};
-constexpr Path<Product> kWmma{"wmma", fits_wmma, is_worth_wmma};
-constexpr Path<Product> kFew{"few", fits_few, is_worth_few};
-constexpr Path<Product> kAny{"any", always, always};
-constexpr Paths<Product, 5> kPaths{"gemm_4bit", {&kMany, &kOne, &kWmma, &kFew, &kAny}};
+// src/bnb_cuda_jetson/choice.py chooses.
+constexpr Paths<Product, 7> kPaths{"gemm_4bit",
+                                   {{"any", [](const Product&) { return true; }},
+                                    {"one", fits_one},
+                                    {"few", fits_few},
+                                    {"wmma", fits_wmma},
+                                    {"many32", fits_many, 0},
+                                    {"many64", fits_many, 1},
+                                    {"many128", fits_many, 2}}};
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
-// The names of the paths that take a product whose operands begin at multiples of 16 bytes; first the one that is automatic.
+// The names of the paths that take a product whose operands begin at multiples of 16 bytes.
 std::vector<std::string> gemm_4bit_paths(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize,
                                          bool nested) {
   return kPaths.names({device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true});
 }
 
-// Bytes of scratch memory for a call, for sums of parts of the columns.
+// Bytes of scratch memory that a path needs, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, bool nested,
                                const char* path) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  if (&kPaths.named(path, product) != &kMany) return 0;
-  const Cut cut = cut_many(product);
+  const int size = kPaths.named(path, product).size;
+  if (size < 0) return 0;
+  const Cut cut = cut_many(product.device.multiprocessors, kManyTokens[size], M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
 
-// path: "automatic", or one of those that gemm_4bit_paths names.
+// How kernels for many rows, with tiles of `tokens` rows, cut the columns: into how many parts, of how many stages of 128 columns.
+std::pair<int, int> gemm_4bit_cut(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const Cut cut = cut_many(multiprocessors, tokens, M, N, K);
+  return {cut.parts, cut.stages};
+}
+
+// path: one of those that gemm_4bit_paths names.
 void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
                Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch, const char* path) {
@@ -303,10 +276,10 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
   const bool aligned = packed % 16 == 0 && x % 16 == 0 && weight.scales.nested_shift >= 0;
   const Product product{call.device, dtype, M, N, K, weight.blocksize_shift, nested_absmax != 0, aligned};
   const Path<Product>& chosen = kPaths.named(path, product);
-  if (&chosen == &kMany) return multiply_many(call, product, out, x, weight, bias, scratch);
-  if (&chosen == &kOne) return multiply_one(call, product, out, x, weight, bias);
-  if (&chosen == &kWmma) return multiply_wmma(call, product, out, x, weight, bias);
-  if (&chosen == &kFew) return multiply_few(call, product, out, x, weight, bias);
+  if (chosen.size >= 0) return multiply_many(call, product, chosen.size, out, x, weight, bias, scratch);
+  if (chosen.fits == fits_one) return multiply_one(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_wmma) return multiply_wmma(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_few) return multiply_few(call, product, out, x, weight, bias);
   multiply_any(call, dtype, out, x, weight, bias, M);
 }
 
@@ -316,6 +289,7 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
   module.def("gemm_4bit_paths", &gemm_4bit_paths);
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
+  module.def("gemm_4bit_cut", &gemm_4bit_cut);
 }
 
 }  // namespace bnb

@@ -86,15 +86,16 @@ bool fits_wmma(const Product& product) { return product.K % 16 == 0 && product.a
 bool fits_tensor(const Product& product) { return fits_wmma(product) && product.device.architecture >= 80; }
 bool always(const Product&) { return true; }
 
-constexpr Path<Product> kFew{"few", fits_few, always};
-constexpr Path<Product> kTensor{"tensor", fits_tensor, always};
-constexpr Path<Product> kWmma{"wmma", fits_wmma, always};
-constexpr Path<Product> kAny{"any", always, always};
-constexpr Paths<Product, 4> kPaths{"int8", {&kFew, &kTensor, &kWmma, &kAny}};
+constexpr Paths<Product, 4> kPaths{"int8", {{"few", fits_few}, {"tensor", fits_tensor}, {"wmma", fits_wmma}, {"any", always}}};
+
+// name: of a path, or "automatic" for the first that takes the product.
+const Path<Product>& choose(const char* name, const Product& product) {
+  return std::strcmp(name, "automatic") ? kPaths.named(name, product) : kPaths.first(product);
+}
 
 Tiled& tiled(const Path<Product>& path, std::int64_t rows) {
-  if (&path == &kAny) return tiled_any;
-  if (&path == &kWmma) return rows <= wmma_few.rows ? wmma_few : wmma_many;
+  if (path.fits == always) return tiled_any;
+  if (path.fits == fits_wmma) return rows <= wmma_few.rows ? wmma_few : wmma_many;
   return rows <= tensor_few.rows ? tensor_few : tensor_many;
 }
 
@@ -133,7 +134,7 @@ void int8_quantize_rows_cols(int device, Address stream, Address row_codes, Addr
 void int8_matmul(int device, Address stream, Address out, Address a, Address b, std::int64_t rows, std::int64_t N, std::int64_t K,
                  const char* path) {
   Call call("int8_matmul", device, stream);
-  Tiled& tile = tiled(kPaths.named(path, {call.device, false, rows, K, a % 16 == 0 && b % 16 == 0}), rows);
+  Tiled& tile = tiled(choose(path, {call.device, false, rows, K, a % 16 == 0 && b % 16 == 0}), rows);
   for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile.rows) {
     const std::int64_t count = std::min(rows - first, kMostGridRows * tile.rows);
     const Grid grid = grid_of(ceil_div(N, tile.outputs), ceil_div(count, tile.rows));
@@ -163,8 +164,8 @@ void int8_linear(int device, Address stream, Address out, int dtype, Address x, 
                  float threshold, std::int64_t rows, std::int64_t N, std::int64_t K, Address scratch, const char* path) {
   Call call("int8_linear", device, stream);
   Linear linear{out, x, 0, codes, absmax, 0, bias, rows, N, K};
-  const Path<Product>& chosen = kPaths.named(path, {call.device, true, rows, K, codes % 16 == 0 && scratch % 16 == 0});
-  if (&chosen == &kFew) {
+  const Path<Product>& chosen = choose(path, {call.device, true, rows, K, codes % 16 == 0 && scratch % 16 == 0});
+  if (chosen.fits == fits_few) {
     Kernel& kernel = rows == 1 ? linear_one_kernels[dtype] : linear_four_kernels[dtype];
     launch_overlapping(call, kernel, {blocks_for(call, kernel, ceil_div(N, 2 * 16))}, linear, threshold);
     return;
