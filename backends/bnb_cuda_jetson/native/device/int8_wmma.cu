@@ -1,12 +1,14 @@
 // int8_matmul and int8_linear on tensor cores, for devices before sm_80: from sm_72 on. Exact sums in int32.
 //
-// A block makes 128 outputs of 64 or 16 rows, 64 columns at a time: a stage. While one is multiplied, the next is on its way to registers.
+// A block makes 128 outputs of 64 or 16 rows, 64 columns at a time: a stage. Codes are on their way to registers kAhead stages before
+// they are needed, and are written to shared memory, one stage while the other is multiplied.
 #include "int8_linear.cuh"
 #include "wmma.cuh"
 
 constexpr int kThreads = 256;
 constexpr int kOutputs = 128;
 constexpr int kDepth = 64;
+constexpr int kAhead = 3;
 
 extern __shared__ uint4 shared[];
 
@@ -29,9 +31,7 @@ struct Tile {
     const int thread = threadIdx.x, warp = thread / 32, number = thread % (kDepth / 16);
     const int first_output = warp % kOutputWarps * kOutputTiles * 16, first_row = warp / kOutputWarps * kRowTiles * 16;
     const int64 block_output = int64(blockIdx.x) * kOutputs, block_row = int64(blockIdx.y) * kRows;
-    const auto lines_of = [&](int stage) {
-      return Lines{reinterpret_cast<signed char*>(shared) + stage * Lines::kBytes};
-    };
+    const auto lines_of = [&](int stage) { return Lines{reinterpret_cast<signed char*>(shared) + stage * Lines::kBytes}; };
 
     // Each thread brings 16 codes of kCopies lines. Beyond the last output or row it brings that one again: what comes of it is not used.
     const auto line_of = [&](int i) { return (thread + i * kThreads) / (kDepth / 16); };
@@ -42,44 +42,53 @@ struct Tile {
       from[i] = (line < kOutputs ? codes + min(block_output + line, N - 1) * K
                                  : x + min(block_row + line - kOutputs, row_count - 1) * K) + number * 16;
     }
-    uint4 words[kCopies];
-    const auto read = [&](int64 k) {
+    const auto read = [&](uint4 (&words)[kCopies], int64 k) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         words[i] = k + number * 16 < K ? __ldg(reinterpret_cast<const uint4*>(from[i] + k)) : make_uint4(0, 0, 0, 0);
       }
     };
-    const auto write = [&](int stage) {
+    const auto write = [&](int stage, const uint4 (&words)[kCopies]) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (kLines * kDepth / 16 % kThreads == 0 || line_of(i) < kLines) lines_of(stage).bytes_at(line_of(i), number * 16) = words[i];
       }
     };
 
-    read(0);
-    write(0);
+    const int stage_count = int((K + kDepth - 1) / kDepth);
+    uint4 words[kAhead][kCopies];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) read(words[i], int64(i) * kDepth);
+    write(0, words[0]);
     Sums<int> sums[kRowTiles][kOutputTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles * kOutputTiles; ++i) wmma::fill_fragment(sums[i / kOutputTiles][i % kOutputTiles], 0);
-    int stage = 0;
-    for (int64 k = 0; k < K; k += kDepth, stage ^= 1) {
-      if (k + kDepth < K) read(k + kDepth);
-      __syncthreads();  // the stage is written, and none still reads the other
+    const auto multiply_stage = [&](int stage) {
 #pragma unroll
       for (int plane = 0; plane < kDepth / 16; ++plane) {
         LeftTile<signed char> left[kRowTiles];
         RightTile<signed char> right[kOutputTiles];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) lines_of(stage).load(left[i], kOutputs + first_row + 16 * i, plane);
+        for (int i = 0; i < kRowTiles; ++i) lines_of(stage % 2).load(left[i], kOutputs + first_row + 16 * i, plane);
 #pragma unroll
-        for (int i = 0; i < kOutputTiles; ++i) lines_of(stage).load(right[i], first_output + 16 * i, plane);
+        for (int i = 0; i < kOutputTiles; ++i) lines_of(stage % 2).load(right[i], first_output + 16 * i, plane);
 #pragma unroll
         for (int i = 0; i < kRowTiles * kOutputTiles; ++i) {
           Sums<int>& sum = sums[i / kOutputTiles][i % kOutputTiles];
           wmma::mma_sync(sum, left[i / kOutputTiles], right[i % kOutputTiles], sum);
         }
       }
-      if (k + kDepth < K) write(stage ^ 1);
+    };
+    for (int first = 0; first < stage_count; first += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int stage = first + i;
+        if (stage >= stage_count) break;
+        read(words[i], int64(stage + kAhead) * kDepth);
+        __syncthreads();  // the stage is written, and none still reads the other
+        multiply_stage(stage);
+        if (stage + 1 < stage_count) write((stage + 1) % 2, words[(i + 1) % kAhead]);
+      }
     }
 
     constexpr int kPitch = kOutputs + 4;
