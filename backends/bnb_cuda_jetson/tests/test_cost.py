@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bnb_cuda_jetson import cost
-from bnb_cuda_jetson.paths import FEWEST_MANY, FEWEST_PANELS, MANY_TOKENS, PANELS
+from bnb_cuda_jetson.paths import FEWEST_MANY, FEWEST_PANELS, MANY_TOKENS, PANELS, WMMA
 
 
 def device(compute_capability, multiprocessors, megahertz, memory_megahertz, bus_bits, integrated):
@@ -42,7 +42,7 @@ ROWS = tuple(1 << power for power in range(14))
 def paths_for(name: str, M: int, dtype: torch.dtype = torch.bfloat16) -> list:
     """List the paths that are thought of, as `paths.possible` does on a device."""
     if dtype is torch.float32 or FIGURES[name].compute_capability < 80:
-        return ["any", "few"]
+        return ["any", "few", *([WMMA] if dtype is torch.float16 else [])]
     found = ["any", *(["one"] if M == 1 else []), "few", *(MANY_TOKENS if M >= FEWEST_MANY else [])]
     return found + ([PANELS] if dtype is torch.bfloat16 and M >= FEWEST_PANELS else [])
 
@@ -115,6 +115,8 @@ def test_there_is_no_way_back(name, N, K, dtype):
         ("one", "few", *MANY_TOKENS, PANELS)
         if FIGURES[name].compute_capability >= 80 and dtype is not torch.float32
         else ("few", "any")
+        if dtype is not torch.float16
+        else ("few", WMMA, "any")
     )
     ranks = [order.index(fastest(name, M, N, K, dtype)) for M in ROWS]
     # Tiles of 32 and 64 rows may take turns with each other where the number of blocks does not divide the multiprocessors.
@@ -134,6 +136,7 @@ def test_what_is_chosen_for_a_large_weight(name):
 def test_without_tensor_cores_few_rows_have_a_kernel_and_many_have_another():
     for N, K in SHAPES:
         assert [fastest("AGX Xavier", M, N, K) for M in (1, 2, 64, 512)] == ["few", "few", "any", "any"]
+        assert {fastest("AGX Xavier", M, N, K, torch.float16) for M in (8, 64, 512)} == {WMMA}
 
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu_paths_h200.json"

@@ -13,7 +13,7 @@ GEMM = """
 weight = {packed}, 12288, 16384, {blocksize}, {N}, {K}
 _native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192, "{path}")
 """
-INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
+INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536, '{path}')\n"
 
 
 def launches(run, *calls: str) -> list:
@@ -42,7 +42,7 @@ def gemm(**settings) -> str:
 
 
 def int8(**settings) -> str:
-    return INT8.format(**{"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, **settings})
+    return INT8.format(**{"rows": 1, "N": 256, "K": 512, "threshold": 0.0, "codes": 12288, "path": "automatic", **settings})
 
 
 @with_tensor_cores
@@ -140,10 +140,11 @@ def test_paths_that_take_a_product(run_with_driver):
     assert run_with_driver(listed, str(max(ARCHITECTURES))).output.splitlines() == [names.strip() for names in cases]
 
 
-def test_without_tensor_cores_there_are_two_paths(run_with_driver):
-    if 72 not in ARCHITECTURES:
-        pytest.skip("built without code for Xavier")
-    assert run_with_driver("print(*_native.gemm_4bit_paths(0, 1, 64, 1024, 512, 64, False))", "72").output.split() == ["any", "few"]
+@pytest.mark.skipif(72 not in ARCHITECTURES, reason="built without code for Xavier")
+def test_paths_on_xavier(run_with_driver):
+    code = "print(*_native.gemm_4bit_paths(0, dtype, 64, 1024, 512, 64, False))\n"
+    output = run_with_driver("for dtype in range(3):\n    " + code, "72").output
+    assert output.splitlines() == ["any few", "any few wmma", "any few"]
 
 
 def test_a_path_that_does_not_take_the_product_is_refused(run_with_driver):
@@ -153,6 +154,27 @@ def test_a_path_that_does_not_take_the_product_is_refused(run_with_driver):
         )
         output = run_with_driver(refused, str(max(ARCHITECTURES))).output
         assert output.startswith(f"gemm_4bit: no path '{settings['path']}' takes this product")
+
+
+@pytest.mark.skipif(72 not in ARCHITECTURES, reason="built without code for Xavier")
+def test_tensor_cores_of_xavier(run_with_driver):
+    """Of float16 and int8; bfloat16 is a way to store there, and arithmetic is in float32."""
+    calls = [gemm(dtype=FLOAT16, M=M, nested=M % 2 * 512, path="wmma") for M in (5, 16, 32, 33, 65)]
+    calls += [int8(rows=4), int8(rows=5), int8(rows=17), int8(rows=5, K=520)]
+    run = run_with_driver("".join(calls), "72")
+    assert [
+        tuple(call.split()[:2]) for call in run.calls_of("cuLaunchKernel") if "quantize" not in call and "inspect" not in call
+    ] == [
+        ("gemm_4bit_wmma16", "2x1x1"),
+        ("gemm_4bit_wmma16", "2x1x1"),
+        ("gemm_4bit_wmma32", "2x1x1"),
+        ("gemm_4bit_wmma64", "2x1x1"),
+        ("gemm_4bit_wmma64", "2x2x1"),
+        ("int8_linear_four_float16", "8x1x1"),
+        ("int8_linear_wmma_few_float16", "2x1x1"),
+        ("int8_linear_wmma_many_float16", "2x1x1"),
+        ("int8_linear_any_float16", "4x1x1"),
+    ]
 
 
 @with_tensor_cores

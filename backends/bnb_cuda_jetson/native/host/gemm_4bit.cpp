@@ -1,56 +1,16 @@
-// Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
-#include <algorithm>
-#include <cstring>
-#include <stdexcept>
-#include <string>
+// Entry points of gemm_4bit, one of whose kernels the caller names.
 #include <utility>
-#include <vector>
 
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "arguments.h"
 #include "bindings.h"
-#include "launch.h"
+#include "paths.h"
+#include "weight_4bit.h"
 
 namespace bnb {
 namespace {
-
-// The same struct as in native/device/weight_4bit.cuh.
-struct Weight4bit {
-  Address packed;
-  Scales scales;
-  Address codebook;
-  std::int64_t N;
-  std::int64_t K;
-  std::int64_t first_block = 0;
-  int blocksize_shift;
-  int unused = 0;
-};
-
-// ------------------------------------------------------------------------------------------------------- any shape and alignment
-constexpr int kAnyRows = 32;  // tile of tiled_product.cuh
-constexpr int kAnyOutputs = 64;
-
-Kernel any_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_bfloat16", 256},
-};
-Kernel transposed_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_bfloat16", 256},
-};
-
-constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
-
-// Rows of x are tiles in a grid's second dimension: as many launches as that needs.
-template <class Launch>
-void by_rows(std::int64_t rows, std::int64_t tile, Launch launch_rows) {
-  for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile) launch_rows(first, std::min(rows - first, kMostGridRows * tile));
-}
 
 // What is multiplied, as far as kernels may depend on it.
 struct Product {
@@ -173,6 +133,7 @@ Kernel one_kernels[2] = {
 // Elements of W on a multiprocessor from which two blocks are faster than one.
 constexpr std::int64_t kWorthTwoBlocks = 1 << 20;
 
+// Nested scales take longer here than with the kernels for few rows.
 bool fits_one(const Product& product) {
   return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
 }
@@ -244,46 +205,58 @@ void multiply_many(const Call& call, const Product& product, int size, Address o
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ which of these
-// The ways to multiply. src/bnb_cuda_jetson/choice.py chooses.
-struct Path {
-  const char* name;
-  bool (*fits)(const Product&);
-  int size = -1;  // of the tiles of those for many rows, as an index of kManyTokens
+// ------------------------------------------------------------------------------------------------- tensor cores before sm_80
+// The kernels of gemm_4bit_wmma.cu, of float16: by the rows of x of a tile.
+constexpr int kWmmaTokens[] = {16, 32, 64};
+constexpr int kWmmaRows = 128;  // of W that a block multiplies
+
+constexpr unsigned wmma_shared_bytes(unsigned tokens) {
+  const unsigned plane = 32 * (kWmmaRows + 1) + 32 * (tokens + 1);  // 16 columns
+  return 4 * kPairTable + 2 * (4 * plane + 4 * kWmmaRows);
+}
+static_assert(wmma_shared_bytes(64) <= kSharedOfXavier, "64 rows of x");
+
+Kernel wmma_kernels[3] = {
+    {"gemm_4bit_wmma", "gemm_4bit_wmma16", 256, wmma_shared_bytes(16)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma32", 256, wmma_shared_bytes(32)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64)},
 };
 
-constexpr Path kAny{"any", [](const Product&) { return true; }};
-constexpr Path kOne{"one", fits_one};
-constexpr Path kFew{"few", fits_few};
-constexpr Path kMany[] = {{"many32", fits_many, 0}, {"many64", fits_many, 1}, {"many128", fits_many, 2}};
-constexpr const Path* kPaths[] = {&kAny, &kOne, &kFew, &kMany[0], &kMany[1], &kMany[2]};
+bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }
 
-const Path& path_named(const char* name, const Product& product) {
-  for (const Path* path : kPaths) {
-    if (!std::strcmp(name, path->name) && path->fits(product)) return *path;
-  }
-  throw std::invalid_argument(std::string("gemm_4bit: no path '") + name + "' takes this product; gemm_4bit_paths names those that do");
+void multiply_wmma(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
+  const int size = product.M <= 16 ? 0 : product.M <= 32 ? 1 : 2, tokens = kWmmaTokens[size];
+  by_rows(product.M, tokens, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kWmmaRows)), static_cast<unsigned>(ceil_div(count, tokens))};
+    launch(call, wmma_kernels[size], grid, out + 2 * first * weight.N, x + 2 * first * weight.K, weight, bias, count);
+  });
 }
+
+// ------------------------------------------------------------------------------------------------------------- which of these
+// src/bnb_cuda_jetson/choice.py chooses.
+constexpr Paths<Product, 7> kPaths{"gemm_4bit",
+                                   {{"any", [](const Product&) { return true; }},
+                                    {"one", fits_one},
+                                    {"few", fits_few},
+                                    {"wmma", fits_wmma},
+                                    {"many32", fits_many, 0},
+                                    {"many64", fits_many, 1},
+                                    {"many128", fits_many, 2}}};
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
 // The names of the paths that take a product whose operands begin at multiples of 16 bytes.
 std::vector<std::string> gemm_4bit_paths(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize,
                                          bool nested) {
-  const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  std::vector<std::string> names;
-  for (const Path* path : kPaths) {
-    if (path->fits(product)) names.push_back(path->name);
-  }
-  return names;
+  return kPaths.names({device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true});
 }
 
 // Bytes of scratch memory that a path needs, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, bool nested,
                                const char* path) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  const Path& chosen = path_named(path, product);
-  if (chosen.size < 0) return 0;
-  const Cut cut = cut_many(product.device.multiprocessors, kManyTokens[chosen.size], M, N, K);
+  const int size = kPaths.named(path, product).size;
+  if (size < 0) return 0;
+  const Cut cut = cut_many(product.device.multiprocessors, kManyTokens[size], M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
 
@@ -298,64 +271,16 @@ void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, st
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
                Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch, const char* path) {
   Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
+  const Scales scales(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize);
+  const Weight4bit weight(packed, scales, codebook, blocksize, N, K);
   const bool aligned = packed % 16 == 0 && x % 16 == 0 && weight.scales.nested_shift >= 0;
   const Product product{call.device, dtype, M, N, K, weight.blocksize_shift, nested_absmax != 0, aligned};
-  const Path& chosen = path_named(path, product);
+  const Path<Product>& chosen = kPaths.named(path, product);
   if (chosen.size >= 0) return multiply_many(call, product, chosen.size, out, x, weight, bias, scratch);
-  if (&chosen == &kOne) return multiply_one(call, product, out, x, weight, bias);
-  if (&chosen == &kFew) return multiply_few(call, product, out, x, weight, bias);
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(N, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, any_kernels[dtype], grid, out + first * N * size, x + first * K * size, weight, bias, count, Address(0), 0);
-  });
-}
-
-void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Address g, std::int64_t M, Address packed, Address absmax,
-                          Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address nested_absmax,
-                          Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
-  Call call("gemm_4bit_transposed", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(K, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, transposed_kernels[dtype], grid, out + first * K * size, g + first * N * size, weight, count, Address(0), 0);
-  });
-}
-
-Kernel panel_kernel("gemm_4bit_panel", "gemm_4bit_panel", 256);
-
-// Dequantize a part of a weight to bfloat16. K and the column numbers are multiples of 8, `packed` of 4.
-void gemm_4bit_panel(int device, Address stream, Address out, Address packed, Address absmax, Address codebook, std::int64_t blocksize,
-                     std::int64_t N, std::int64_t K, std::int64_t first_row, std::int64_t rows, std::int64_t first_column,
-                     std::int64_t columns, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                     std::int64_t nested_blocksize) {
-  Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t across = ceil_div(columns, 8 * 256), down = ceil_div(panel_kernel.on(call.device).resident_blocks, across);
-  const Grid grid{static_cast<unsigned>(across), static_cast<unsigned>(std::min({ceil_div(rows, 4), down, kMostGridRows}))};
-  launch(call, panel_kernel, grid, out, weight, first_row, rows, first_column, columns);
-}
-
-void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
-                       Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
-                       bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                       std::int64_t nested_blocksize) {
-  Call call(transposed ? "grouped_gemm_4bit_transposed" : "grouped_gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  // Which tokens are whose is known on the device alone: as many tiles of tokens as there can be, those left over do nothing.
-  const std::int64_t tiles = tokens / kAnyRows + std::min<std::int64_t>(experts, tokens);
-  const Grid grid{static_cast<unsigned>(ceil_div(transposed ? K : N, kAnyOutputs)), static_cast<unsigned>(std::min(tiles, kMostGridRows))};
-  if (transposed) {
-    launch(call, transposed_kernels[dtype], grid, out, x, weight, tokens, offsets, experts);
-  } else {
-    launch(call, any_kernels[dtype], grid, out, x, weight, Address(0), tokens, offsets, experts);
-  }
+  if (chosen.fits == fits_one) return multiply_one(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_wmma) return multiply_wmma(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_few) return multiply_few(call, product, out, x, weight, bias);
+  multiply_any(call, dtype, out, x, weight, bias, M);
 }
 
 }  // namespace
@@ -365,9 +290,6 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit_paths", &gemm_4bit_paths);
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
   module.def("gemm_4bit_cut", &gemm_4bit_cut);
-  module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
-  module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
-  module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
 }
 
 }  // namespace bnb

@@ -32,6 +32,7 @@ NB_MODULE(_native, module) {
   bnb::bind_four_bit(module);
   bnb::bind_embedding(module);
   bnb::bind_gemm_4bit(module);
+  bnb::bind_gemm_4bit_any(module);
   bnb::bind_int8(module);
   bnb::bind_optimizer(module);
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Mapping, NamedTuple, Tuple
 
 from bnb_cuda_jetson import _native
-from bnb_cuda_jetson.paths import MANY_TOKENS, PANELS, panel_lines
+from bnb_cuda_jetson.paths import MANY_TOKENS, PANELS, WMMA, panel_lines
 
 #: Gigabytes a second of Jetson's modules, by compute capability and multiprocessors: their drivers report the clock of the GPU as
 #: that of the memory. Where there are two, the slower; others get what a multiprocessor has on these.
@@ -49,7 +49,7 @@ def figures(device: Any) -> Figures:
 
 
 #: Microseconds that a path takes whatever the size: launches, the table of pairs, the first codes from memory, the last sums.
-_START = {"any": 2.0, "one": 3.2, "few": 2.6, "scalar": 2.6, "many": 2.8, PANELS: 1.7}
+_START = {"any": 2.0, "one": 3.2, "few": 2.6, "scalar": 2.6, "many": 2.8, WMMA: 2.6, PANELS: 1.7}
 #: Clocks of a multiprocessor for an element of W: to look up its value, and to multiply it. For few rows of x by how many are taken
 #: at a time, on tensor cores and without. A multiprocessor takes rows of W by tiles.
 _ONE_CLOCKS, _ONE_TILE = 0.044, 8
@@ -64,6 +64,8 @@ _CACHE, _CACHE_RATE = 200e3, 90.0
 _STAGE_CLOCKS = {32: 1640.0, 64: 2380.0, 128: 3830.0}
 #: Where blocks share the columns: microseconds of a second launch, and bytes in a clock and multiprocessor of the sums in between.
 _ADD, _SUM_BYTES = 0.9, 14.0
+#: Clocks of a stage of 64 columns of 128 rows of W on tensor cores before sm_80, by the rows of x in a tile.
+_WMMA_CLOCKS = {16: 900.0, 32: 1300.0, 64: 2000.0}
 #: Of the kernel for any shape: its tiles of W and of x, and clocks that one takes for a column, alone on a multiprocessor and among
 #: others.
 _ANY_ROWS, _ANY_TOKENS, _ANY_ALONE, _ANY_CLOCKS = 64, 32, 206.0, 127.0
@@ -95,6 +97,10 @@ def estimate(path: str, on: Figures, tensor_cores: bool, M: int, N: int, K: int,
         return _START["one"] + max(_each(-(-N // _ONE_TILE), on) * _ONE_TILE * K * _ONE_CLOCKS / on.clock, read)
     if path == "few":
         return _by_few(on, tensor_cores, M, N, K, read)
+    if path == WMMA:
+        tokens = next((rows for rows in _WMMA_CLOCKS if rows >= M), max(_WMMA_CLOCKS))
+        blocks = -(-N // 128) * -(-M // tokens)
+        return _START[WMMA] + max(_each(blocks, on) * K / 64 * _WMMA_CLOCKS[tokens] / on.clock, read)
     if path == PANELS:
         return _by_panels(on, M, N, K)
     return _by_many(MANY_TOKENS[path], on, M, N, K, read)

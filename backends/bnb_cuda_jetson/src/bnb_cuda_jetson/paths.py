@@ -10,8 +10,8 @@ from bnb_cuda_jetson import _native
 from bnb_cuda_jetson.calls import DTYPES
 
 #: Dequantized panels, with torch's own product. All others are the native module's, which names them: `any`, for any shape; `one`
-#: and `few`, for one row of x and for few; and those for many, in tiles of so many rows.
-PANELS = "panels"
+#: and `few`, for one row of x and for few; `wmma`, for tensor cores before sm_80; and those for many, in tiles of so many rows.
+PANELS, WMMA = "panels", "wmma"
 MANY_TOKENS = {"many32": 32, "many64": 64, "many128": 128}
 
 #: The largest panel: a whole weight would double what an 8 GB board has to hold.
@@ -36,6 +36,8 @@ def possible(ordinal: int, dtype: int, M: int, N: int, K: int, blocksize: int, n
     found: List[str] = _native.gemm_4bit_paths(ordinal, dtype, M, N, K, blocksize, nested_blocksize > 0) if aligned else ["any"]
     if M < FEWEST_MANY:
         found = [path for path in found if path not in MANY_TOKENS]
+    if WMMA in found and _native.device(ordinal).compute_capability >= 80:  # where the other paths have tensor cores too
+        found.remove(WMMA)
     if M >= FEWEST_PANELS and takes_panels(ordinal, dtype, K, alignment):
         found.append(PANELS)
     return found
