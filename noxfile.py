@@ -223,6 +223,7 @@ def gpu(session: nox.Session) -> None:
     parser.add_argument("--wheels", metavar="FOLDER", help="install the packages from wheels there; without, from their sources")
     parser.add_argument("--select", metavar="WORDS", help="pytest's -k, for conformance and sanitizers")
     parser.add_argument("--every", default="23", help="of a test's cases, sanitizers run one in so many (default: %(default)s)")
+    parser.add_argument("--minutes", default="20", help="that each of the sanitizers may take (default: %(default)s)")
     parser.add_argument("--store", metavar="DEVICE", help="write figures to benchmarks/results/gpu_BENCHMARK_DEVICE.json")
     options = parser.parse_args(session.posargs)
     parts = options.parts or GPU_PARTS
@@ -239,9 +240,10 @@ def gpu(session: nox.Session) -> None:
     session.install(*RUNTIME, "pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
 
     session.run("python", "-c", "from bnb_core import backends; backends.get_backend('jetson')")  # says what is missing
-    # As modules: pytest may be one that torch came with. And away from the sources, which would be imported.
+    # As modules: pytest may be one that torch came with, and pytest-benchmark too, which warns of pytest-xdist. And away from the
+    # sources, which would be imported.
     session.chdir(session.create_tmp())
-    pytest = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+    pytest = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:benchmark"]
     conformance = ["--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda", "--bnb-strict"]
     conformance += ["-k", options.select] if options.select else []
     strict = {"BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
@@ -252,7 +254,8 @@ def gpu(session: nox.Session) -> None:
     if "sanitizers" in parts:
         # The whole suite takes hours there.
         sample = ["-q", "-n", "4", *conformance, "--bnb-every", options.every]
-        session.run("python", str(ROOT / CUDA / "tools/sanitize.py"), *pytest[2:], *sample, env=strict)
+        limit = ["--minutes", options.minutes]
+        session.run("python", str(ROOT / CUDA / "tools/sanitize.py"), *limit, *pytest[2:], *sample, env=strict)
     for benchmark in GPU_BENCHMARKS:
         if "benchmarks" in parts or benchmark in parts:
             output = ROOT / f"benchmarks/results/gpu_{benchmark}_{options.store}.json"
