@@ -155,14 +155,19 @@ def conformance(session: nox.Session) -> None:
     session.run("pytest", "--pyargs", "bnb_core.testing.conformance", "--bnb-backend", name, *rest)
 
 
-@nox.session
-def wheels(session: nox.Session) -> None:
-    """Build the wheels, install them into a fresh environment and run the tests there, away from the sources."""
-    dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.install("build")
-    for package in (*PACKAGES, TEMPLATE):
+def build_pure(session: nox.Session, dist: Path, *packages: str) -> None:
+    """Build the wheels and source distributions of packages that have no native code into a folder."""
+    session.install("build", "hatchling")
+    for package in packages:
         session.run("python", "-m", "build", "--wheel", "--sdist", "--outdir", str(dist), package, silent=True)
+
+
+@nox.session
+def installed(session: nox.Session) -> None:
+    """Install the wheels of the packages without native code into a fresh environment, and run the tests there."""
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    build_pure(session, dist, *PACKAGES, TEMPLATE)
     install_torch(session)
     session.install(*RUNTIME, *TEST_TOOLS, *PEERS)
     session.install("--no-deps", MODEL)
@@ -248,7 +253,7 @@ def gpu(session: nox.Session) -> None:
     conformance += ["-k", options.select] if options.select else []
     strict = {"BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
     if "tests" in parts:
-        session.run("python", *pytest, str(ROOT / CUDA / "tests/test_on_device.py"))
+        session.run("python", *pytest, *(str(ROOT / CUDA / f"tests/test_{name}on_device.py") for name in ("", "products_")))
     if "conformance" in parts:
         session.run("python", *pytest, "-n", "8", *conformance, env=strict)
     if "sanitizers" in parts:
@@ -296,6 +301,10 @@ def neon_tiers(session: nox.Session) -> None:
         session.run(*conformance, *session.posargs, env=env)
 
 
+#: What native wheels are built for; the last serves all newer versions.
+WHEEL_PYTHONS = ["3.8", "3.9", "3.10", "3.11", "3.12"]
+
+
 def cross_build(session: nox.Session, *options: str) -> str:
     """Build a wheel for the session's Python into dist/, and return its path."""
     session.install("build", "pyelftools", "ziglang==0.17.1")
@@ -309,13 +318,13 @@ def cross_build(session: nox.Session, *options: str) -> str:
     return str(session.run(*command, env=env, silent=True)).splitlines()[-1]
 
 
-@nox.session(name="neon-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+@nox.session(name="neon-wheels", python=WHEEL_PYTHONS, venv_backend="venv")
 def neon_wheels(session: nox.Session) -> None:
     """Cross-build the NEON backend's wheels for aarch64 and glibc 2.17, one a Python version, into dist/; 3.12 serves all newer."""
     cross_build(session)
 
 
-@nox.session(name="cuda-wheels", python=["3.8", "3.9", "3.10", "3.11", "3.12"], venv_backend="venv")
+@nox.session(name="cuda-wheels", python=WHEEL_PYTHONS, venv_backend="venv")
 def cuda_wheels(session: nox.Session) -> None:
     """Cross-build the CUDA backend's wheels into dist/, like neon-wheels: for Xavier, Orin and Thor, and for x86-64 desktops."""
     requires = nox.project.load_toml(f"{CUDA}/pyproject.toml")["build-system"]["requires"]
@@ -327,12 +336,18 @@ def cuda_wheels(session: nox.Session) -> None:
         session.run("python", f"{CUDA}/tools/check_wheel.py", wheel, *architectures)
 
 
+@nox.session(requires=[f"{backend}-wheels-{python}" for backend in ("neon", "cuda") for python in WHEEL_PYTHONS])
+def wheels(session: nox.Session) -> None:
+    """Build every wheel that is published into dist/, from any machine; `neon-wheels-3.12` and its like build one."""
+    build_pure(session, ROOT / "dist", *PACKAGES)
+    for wheel in sorted((ROOT / "dist").glob("*.whl")):
+        session.log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
+
+
 @nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
     """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
-    session.install("build", "hatchling")
-    for package in PACKAGES:
-        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
+    build_pure(session, ROOT / "dist", *PACKAGES)
     session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
 
 

@@ -1,6 +1,7 @@
 // A libcuda.so.1 for tests: devices as FAKE_CAPABILITIES says ("87,72"), and a line of text for each call that matters, in FAKE_LOG.
 // FAKE_FAILURE ("cuLaunchKernel=700") makes a call fail; FAKE_CURRENT (a device's number) is the device whose context is current.
-// FAKE_WORDS says how much of a launch's first argument is written, in words of 8 bytes; one without.
+// FAKE_VERSION is the version of the driver (12020 for CUDA 12.2). FAKE_WORDS says how much of a launch's first argument is written, in
+// words of 8 bytes; one without.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -42,6 +43,15 @@ int log(const char* call, const char* format, Arguments... arguments) {
 struct Function {
   std::string name;
 };
+
+int log_launch(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, void* stream, void** arguments, const char* how) {
+  const char* wanted = getenv("FAKE_WORDS");
+  const auto* words = static_cast<unsigned long long*>(arguments[0]);
+  std::string first = std::to_string(words[0]);
+  for (int i = 1; wanted && i < atoi(wanted); ++i) first += "," + std::to_string(words[i]);
+  return log("cuLaunchKernel", "%s %ux%ux%u %u stream=%td first=%s%s", static_cast<Function*>(function)->name.c_str(), x, y, z, threads,
+             reinterpret_cast<std::intptr_t>(stream), first.c_str(), how);
+}
 
 std::vector<std::intptr_t> contexts;  // pushed; a context is its device's number, plus 1
 
@@ -87,14 +97,24 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuThreadExchangeStreamCaptureMode(int*) { return 0; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, std::size_t) { return *blocks = 2, 0; }
+int cuDriverGetVersion(int* version) {
+  const char* wanted = getenv("FAKE_VERSION");
+  return *version = wanted ? atoi(wanted) : 13000, 0;
+}
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned, void* stream,
                    void** arguments, void**) {
-  const char* wanted = getenv("FAKE_WORDS");
-  const auto* words = static_cast<unsigned long long*>(arguments[0]);
-  std::string first = std::to_string(words[0]);
-  for (int i = 1; wanted && i < atoi(wanted); ++i) first += "," + std::to_string(words[i]);
-  return log("cuLaunchKernel", "%s %ux%ux%u %u stream=%td first=%s", static_cast<Function*>(function)->name.c_str(), x, y, z, threads,
-             reinterpret_cast<std::intptr_t>(stream), first.c_str());
+  return log_launch(function, x, y, z, threads, stream, arguments, "");
+}
+struct Settings {
+  unsigned grid[3], threads[3], shared_bytes;
+  void* stream;
+  const int* attributes;  // an identifier, nothing, a value
+  unsigned attribute_count;
+};
+int cuLaunchKernelEx(const Settings* settings, void* function, void** arguments, void**) {
+  const bool overlaps = settings->attribute_count == 1 && settings->attributes[0] == 6 && settings->attributes[2] == 1;
+  return log_launch(function, settings->grid[0], settings->grid[1], settings->grid[2], settings->threads[0], settings->stream, arguments,
+                    overlaps ? " overlapping" : "");
 }
 
 }  // extern "C"

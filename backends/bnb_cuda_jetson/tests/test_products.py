@@ -13,7 +13,7 @@ with_tensor_cores = pytest.mark.skipif(max(ARCHITECTURES) < 80, reason="built wi
 
 GEMM = """
 weight = {packed}, 12288, 16384, {blocksize}, {N}, {K}
-_native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192)
+_native.gemm_4bit(0, 0, 4096, {dtype}, {x}, {M}, *weight, 0, {nested}, {nested}, {nested}, 256, 8192, "{path}")
 """
 INT8 = "_native.int8_linear(0, 0, 4096, 1, 8192, {codes}, 16384, 0, {threshold}, {rows}, {N}, {K}, 65536)\n"
 
@@ -28,7 +28,18 @@ def names(run, *calls: str) -> list:
 
 
 def gemm(**settings) -> str:
-    call = {"dtype": BFLOAT16, "x": 4096, "M": 1, "packed": 8192, "blocksize": 64, "N": 256, "K": 512, "nested": 0, **settings}
+    call = {
+        "dtype": BFLOAT16,
+        "x": 4096,
+        "M": 1,
+        "packed": 8192,
+        "blocksize": 64,
+        "N": 256,
+        "K": 512,
+        "nested": 0,
+        "path": "automatic",
+    }
+    call.update(settings)
     return GEMM.format(**call)
 
 
@@ -77,15 +88,86 @@ def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
 
 
 @with_tensor_cores
-def test_small_products_of_many_rows_take_the_kernels_for_few(run_with_driver):
-    (name,) = names(run_with_driver, gemm(M=32, N=256, K=512))
-    assert name.startswith("gemm_4bit_few_")
-    assert name.endswith("rows16_bfloat16")
+def test_small_products_of_many_rows_take_a_kernel_for_few(run_with_driver):
+    assert names(run_with_driver, gemm(M=17), gemm(M=32)) == ["gemm_4bit_few_rows32_bfloat16"] * 2
+
+
+@with_tensor_cores
+def test_tiles_of_many_rows_by_what_they_are_estimated_to_take(run_with_driver):
+    """More rows of x in a tile use a code more often; fewer make more blocks where there are few rows of W."""
+    calls = gemm(M=64, N=4096), gemm(M=128, N=4096), gemm(M=128, N=4096, nested=512), gemm(M=64, N=256, K=256)
+    assert names(run_with_driver, *calls) == [
+        "gemm_4bit_many64_bfloat16",
+        "gemm_4bit_many128_bfloat16",
+        "gemm_4bit_many128_bfloat16_nested",
+        "gemm_4bit_many32_bfloat16",
+    ]
+
+
+@with_tensor_cores
+def test_one_row_of_a_larger_weight(run_with_driver):
+    """From 64 Ki elements of W on a multiprocessor on; from 1 Mi on with two blocks. Nested scales take the kernel for few."""
+    calls = gemm(N=1024), gemm(N=1032, K=8192), gemm(N=1024, nested=512), gemm(N=1024, blocksize=32)
+    assert launches(run_with_driver, *calls) == [
+        ("gemm_4bit_one_bfloat16", "8x1x1"),
+        ("gemm_4bit_one_bfloat16", "16x1x1"),
+        ("gemm_4bit_few_one_bfloat16_nested", "16x1x1"),
+        ("gemm_4bit_few_blocks32_bfloat16", "16x1x1"),
+    ]
+
+
+OVERLAPPING = gemm(M=8) + gemm(N=1024) + gemm(M=64, K=4096)
+
+
+@pytest.mark.skipif(max(ARCHITECTURES) < 90, reason="built without code for sm_90 or newer")
+def test_products_begin_while_the_kernel_before_them_is_at_work(run_with_driver):
+    run = run_with_driver(OVERLAPPING, str(max(ARCHITECTURES)))
+    assert [call.endswith(" overlapping") for call in run.calls_of("cuLaunchKernel")] == [True] * 4
+
+
+@with_tensor_cores
+def test_an_older_driver_runs_one_kernel_after_the_other(run_with_driver):
+    """CUDA graphs take such launches from 12.3 on."""
+    run = run_with_driver(OVERLAPPING, str(max(ARCHITECTURES)), version=12020)
+    assert [call.endswith(" overlapping") for call in run.calls_of("cuLaunchKernel")] == [False] * 4
+
+
+@pytest.mark.skipif(not {80, 87} & set(ARCHITECTURES), reason="built without code for Ampere")
+def test_an_older_device_runs_one_kernel_after_the_other(run_with_driver):
+    run = run_with_driver(OVERLAPPING, str(min({80, 87} & set(ARCHITECTURES))))
+    assert [call.endswith(" overlapping") for call in run.calls_of("cuLaunchKernel")] == [False] * 4
+
+
+@with_tensor_cores
+def test_a_path_can_be_named(run_with_driver):
+    """Whatever the automatic choice is, which comes first among those that take a product."""
+    code = "print(*_native.gemm_4bit_paths(0, 2, M, 1024, 512, 64, nested))\n"
+    listed = "M, nested = 1, False\n" + code + "nested = True\n" + code + "M = 64\n" + code
+    assert run_with_driver(listed, str(max(ARCHITECTURES))).output.splitlines() == [
+        "one many few any",
+        "few many any",
+        "many few any",
+    ]
+    assert names(run_with_driver, *(gemm(N=1024, path=path) for path in ("many", "one", "few", "any"))) == [
+        "gemm_4bit_many32_bfloat16",
+        "gemm_4bit_one_bfloat16",
+        "gemm_4bit_few_one_bfloat16",
+        "gemm_4bit_any_bfloat16",
+    ]
+
+
+def test_a_path_that_does_not_take_the_product_is_refused(run_with_driver):
+    for settings in ({"M": 2, "path": "one"}, {"path": "none"}, {"K": 500, "path": "few"}, {"x": 4098, "path": "many"}):
+        refused = (
+            "try:\n    " + gemm(**settings).strip().replace("\n", "\n    ") + "\nexcept ValueError as error:\n    print(error)"
+        )
+        output = run_with_driver(refused, str(max(ARCHITECTURES))).output
+        assert output.startswith(f"gemm_4bit: no path '{settings['path']}' takes this product")
 
 
 @with_tensor_cores
 def test_scratch_holds_the_sums_of_every_part(run_with_driver):
-    code = "print(*(_native.gemm_4bit_scratch(0, 2, M, 256, 4096, 64) for M in (16, 64, 1024)))"
+    code = "print(*(_native.gemm_4bit_scratch(0, 2, M, 256, 4096, 64, False, 'automatic') for M in (16, 64, 1024)))"
     assert run_with_driver(code, str(max(ARCHITECTURES))).output.split() == ["0", str(4 * 4 * 64 * 256), "0"]
 
 
@@ -138,7 +220,7 @@ def device(request, monkeypatch):
 @pytest.mark.parametrize("device", [H200], indirect=True)
 @pytest.mark.parametrize(
     ("N", "K", "fused_up_to", "panels_from"),
-    [(4096, 4096, 64, 128), (14336, 4096, 64, 256), (2048, 8192, 64, 128), (8192, 2048, 64, 256)],
+    [(4096, 4096, 128, 256), (14336, 4096, 128, 256), (2048, 8192, 128, 256), (8192, 2048, 128, 256), (128256, 2048, 128, 256)],
 )
 def test_panels_are_chosen_where_they_were_measured_to_be_faster(device, N, K, fused_up_to, panels_from):
     assert panels.panel_size(0, fused_up_to, N, K, 64, False) == 0

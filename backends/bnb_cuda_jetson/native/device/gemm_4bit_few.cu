@@ -5,6 +5,7 @@
 // tile of 16 rows; their sums meet in shared memory, always in the same order.
 #include "copy_ahead.cuh"
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "pair_table.cuh"
 #include "weight_4bit.cuh"
 
@@ -388,6 +389,8 @@ __device__ void multiply_few(typename Dot::T* y, const typename Dot::T* x, const
   const int64 first = blockIdx.x + int64(team) * gridDim.x, stride = int64(gridDim.x) * (kWarps >> split_shift);
 
   Reader<Dot::kScaleRun, kNested> reader(weight, nested_entries);
+  let_next_begin();
+  wait_for_previous();
   bool filled = false, odd = false;
   for (; M > 0; M -= Dot::kTokens, x += Dot::kTokens * weight.K, y += Dot::kTokens * N) {
     const int tokens = int(min(M, int64(Dot::kTokens)));
@@ -471,6 +474,7 @@ SCALAR(float32, float)
   PLAIN_AND_NESTED(rows4_##name, T, 16, 16, 1, RowsDot<T, 32, 2, 1>)   \
   PLAIN_AND_NESTED(rows8_##name, T, 16, 16, 1, RowsDot<T, 16, 1, 1>)   \
   PLAIN_AND_NESTED(rows16_##name, T, 12, 12, 1, RowsDot<T, 16, 1, 2>)  \
+  PLAIN_AND_NESTED(rows32_##name, T, 8, 8, 1, RowsDot<T, 16, 1, 4>)    \
   PLAIN_AND_NESTED(blocks32_##name, T, 12, 12, 1, RowsDot<T, 32, 4, 1>)
 TENSOR(float16, __half)
 TENSOR(bfloat16, __nv_bfloat16)

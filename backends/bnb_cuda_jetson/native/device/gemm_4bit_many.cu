@@ -1,69 +1,78 @@
 // gemm_4bit for many rows of x, on tensor cores (sm_80 and up).
 //
 // A block multiplies 128 rows of W by kTokens rows of x. Codes, scales and x come through shared memory, 128 columns at a time,
-// kStages of them ahead. Half of the warps take the first 64 of these columns, half the others; a warp has 16 rows of W, whose codes
+// kStages of them ahead. Half of the warps take the first 64 of these columns, half the others; a warp has 32 rows of W, whose codes
 // become values in registers on the way to the tensor cores, each once. Sums of 64 columns, which have one scale, are scaled in
 // float32. Where N alone makes too few blocks, several share the columns: each writes its sums, and a second kernel adds them up.
 #include "copy_ahead.cuh"
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "pair_table.cuh"
 #include "weight_4bit.cuh"
 
 #if __CUDA_ARCH__ >= 800
-constexpr int kThreads = 512;
+constexpr int kAtOnce = 2;  // tiles of eight rows of x that a warp multiplies at a time: a product need not wait for the one before
+constexpr int kThreads = 256;
 constexpr int kRows = 128;  // of W
 constexpr int kDepth = 128;
-constexpr int kStages = 4;
+constexpr int kStages = 3;
+constexpr int kRowBytes = kDepth / 2;  // of codes
+constexpr int kTokenBytes = kDepth * 2;
 
-template <class T, int kTokens>
-struct Stage {
-  uint8 codes[kRows][kDepth / 2];
-  float scales[2][kRows];
-  uint32 scale_words[2][kRows];  // of nested scales: words that hold their codes
-  T x[kTokens][kDepth];
+// Where the parts of a stage are in shared memory. So exchanged that the lanes that read together meet in no bank: of codes the halves of
+// a row, every other two rows; of x 16 bytes and the next 16, every other row.
+constexpr uint32 kScalesAt = kRows * kRowBytes;          // [2][kRows], of each half of the columns
+constexpr uint32 kScaleWordsAt = kScalesAt + 8 * kRows;  // of nested scales: words that hold their codes
+constexpr uint32 kTokensAt = kScaleWordsAt + 8 * kRows;
 
-  // Where 16 bytes are: so exchanged that the lanes that read together meet in no bank.
-  __device__ uint8* codes_at(int row, int byte) { return &codes[row][byte ^ (row / 2 % 2 * 32)]; }
-  __device__ T* x_at(int token, int column) { return &x[token][column ^ (token % 2 * 8)]; }
-};
-
-template <class T, int kTokens>
+template <class T, int kTokens, bool kNested>
 __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weight4bit& weight, const T* bias, int64 M, int stages_each) {
-  using Stage = Stage<T, kTokens>;
   constexpr int kTiles = kTokens / 8;
-  Stage* const stages = reinterpret_cast<Stage*>(shared + PairTable<T>::kWords);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int half = warp / 8, first_row = warp % 8 * 16;
+  // For 128 rows of x there are registers enough on some architectures only.
+  constexpr bool kReadAhead = kTokens < 128 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 900;
+  constexpr uint32 kStageBytes = kTokensAt + kTokens * kTokenBytes;
+  const int thread = keep(int(threadIdx.x)), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int half = warp / 4, first_row = warp % 4 * 32;
   const int64 N = weight.N, block_row = int64(blockIdx.x) * kRows, block_token = int64(blockIdx.y) * kTokens;
-  const int K = int(weight.K), begin = int(blockIdx.z) * stages_each * kDepth, end = min(K, begin + stages_each * kDepth);
+  const int K = int(weight.K), begin = int(blockIdx.z) * stages_each * kDepth, end = keep(min(K, begin + stages_each * kDepth));
+  const int rows = keep(int(min(N - block_row, int64(kRows)))), tokens = keep(int(min(M - block_token, int64(kTokens))));
+  const uint32 stages = keep(shared_address(shared + PairTable<T>::kWords));
 
-  // Each thread copies 16 bytes of codes and of kCopies rows of x. What lies beyond the last row is not stored.
-  constexpr int kCopies = kTokens * kDepth / 8 / kThreads;
-  const int codes_row = threadIdx.x / 4, codes_byte = threadIdx.x % 4 * 16, x_row = threadIdx.x / 16, x_column = threadIdx.x % 16 * 8;
-  const uint8* const codes_from = weight.packed + min(block_row + codes_row, N - 1) * (K / 2) + codes_byte;
-  const T* x_from[kCopies];
-#pragma unroll
-  for (int i = 0; i < kCopies; ++i) x_from[i] = x + min(block_token + x_row + i * (kThreads / 16), M - 1) * K + x_column;
-  // Half of the threads copy the scale of one row and half of the columns each; of a nested scale its group's, and its code.
+  // Each thread copies 16 bytes of codes of two rows, and of kCopies rows of x. What lies beyond the last row is left as it is.
+  constexpr int kCopies = kTokens * kTokenBytes / 16 / kThreads;
+  const int codes_row = thread / 4, codes_byte = thread % 4 * 16, x_row = thread / 16, x_column = thread % 16 * 8;
+  const int codes_end = keep(end - 2 * codes_byte), x_end = keep(end - x_column);
+  const uint8* codes_from = weight.packed + (block_row + codes_row) * (K / 2) + codes_byte + begin / 2;
+  const T* x_from = x + (block_token + x_row) * K + x_column + begin;
+  const int64 codes_stride = keep(int64(32) * K), x_stride = keep(int64(16) * K);
+  const uint32 codes_to = keep(codes_row * kRowBytes + (codes_byte ^ (codes_row / 2 % 2 * 32)));
+  const uint32 x_to = keep(kTokensAt + x_row * kTokenBytes + (x_column * 2 ^ (x_row % 2 * 16)));
+  // And the scale of one row and half of the columns; of a nested scale its group's, and its code.
   const Scales& all = weight.scales;
-  const int scale_half = threadIdx.x / kRows, scale_row = threadIdx.x % kRows;
-  const int64 scale_element = min(block_row + scale_row, N - 1) * K + scale_half * 64;
-  const auto block_of = [&](int k) { return weight.first_block + ((scale_element + k) >> weight.blocksize_shift); };
-  const auto has_scale = [&](int k) { return scale_half < 2 && k + scale_half * 64 < end; };
+  const int scale_half = thread / kRows, scale_row = thread % kRows;
+  const int scale_end = keep(scale_row < rows ? end - scale_half * 64 : 0);
+  const int64 scale_element = keep((weight.first_block << weight.blocksize_shift) + (block_row + scale_row) * K + scale_half * 64);
+  const auto block_of = [&](int k) { return (scale_element + k) >> weight.blocksize_shift; };
 
-  const auto ask = [&](int number, int k) {
-    Stage& stage = stages[number % kStages];
-    if (k + 2 * codes_byte < end) copy_ahead<16>(stage.codes_at(codes_row, codes_byte), codes_from + k / 2);
-    if (k + x_column < end) {
+  const auto ask = [&](uint32 stage, int k) {
+    const uint8* codes = codes_from;
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) copy_ahead<16>(stage.x_at(x_row + i * (kThreads / 16), x_column), x_from[i] + k);
+    for (int i = 0; i < 2; ++i, codes += codes_stride) {
+      if (k < codes_end && codes_row + i * 64 < rows) copy_ahead<16>(stage + codes_to + i * 64 * kRowBytes, codes);
     }
-    if (has_scale(k)) {
+    codes_from += kRowBytes;
+    const T* tokens_from = x_from;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i, tokens_from += x_stride) {
+      if (k < x_end && x_row + i * 16 < tokens) copy_ahead<16>(stage + x_to + i * 16 * kTokenBytes, tokens_from);
+    }
+    x_from += kDepth;
+    if (k < scale_end) {
       const int64 block = block_of(k);
-      float* const to = &stage.scales[scale_half][scale_row];
-      if (all.nested_absmax) {
+      const uint32 to = stage + kScalesAt + thread * 4;
+      if (kNested) {
         const size_t code = reinterpret_cast<size_t>(all.absmax) + block;
-        copy_ahead<4>(&stage.scale_words[scale_half][scale_row], reinterpret_cast<const void*>(code & ~size_t(3)));
+        copy_ahead<4>(to + kScaleWordsAt - kScalesAt, reinterpret_cast<const void*>(code & ~size_t(3)));
         copy_ahead<4>(to, all.nested_absmax + (block >> all.nested_shift));
       } else {
         copy_ahead<4>(to, static_cast<const float*>(all.absmax) + block);
@@ -71,79 +80,119 @@ __device__ void multiply_many(T* y, float* partial_sums, const T* x, const Weigh
     }
   };
   // Turn what this thread copied of a nested scale into the scale.
-  const auto settle = [&](int number, int k) {
-    if (!all.nested_absmax || !has_scale(k)) return;
-    Stage& stage = stages[number % kStages];
+  const auto settle = [&](uint32 stage, int k) {
+    if (!kNested || k >= scale_end) return;
+    const uint32 at = stage + kScalesAt + thread * 4;
     const uint32 byte = uint32(reinterpret_cast<size_t>(all.absmax) + block_of(k)) & 3;
-    const uint32 code = stage.scale_words[scale_half][scale_row] >> 8 * byte & 255;
-    float& scale = stage.scales[scale_half][scale_row];
-    scale = __fadd_rn(__fmul_rn(__ldg(all.nested_codebook + code), scale), __ldg(all.nested_offset));
+    const uint32 code = load_shared<uint32>(at + kScaleWordsAt - kScalesAt) >> 8 * byte & 255;
+    const float scale = __fadd_rn(__fmul_rn(__ldg(all.nested_codebook + code), load_shared<float>(at)), __ldg(all.nested_offset));
+    store_shared(at, scale);
   };
 
+  let_next_begin();
+  wait_for_previous();
+#pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (begin + i * kDepth < end) ask(i, begin + i * kDepth);
+    if (begin + i * kDepth < end) ask(stages + i * kStageBytes, begin + i * kDepth);
     end_copies();
   }
   PairTable<T>::fill(weight.codebook);
-  const uint32 table = PairTable<T>::address();
-  float totals[kTiles][4] = {};
-  int number = 0;
-  for (int k = begin; k < end; k += kDepth, ++number) {
+  const uint32 table = keep(PairTable<T>::address());
+  const uint32 codes_at = keep((first_row + g) * kRowBytes + ((half * 32 + t * 8) ^ (g / 2 % 2 * 32)));
+  const uint32 x_at = keep(kTokensAt + g * kTokenBytes + ((half * 128 + t * 32) ^ (g % 2 * 16)));
+  const uint32 scales_at = keep(kScalesAt + (half * kRows + first_row + g) * 4);
+  float totals[2][kTiles][4] = {};  // of the first and of the last 16 rows
+  uint32 stage = stages, asked = stages + (kStages - 1) * kStageBytes;
+  for (int k = begin; k < end; k += kDepth) {
     wait_for_copies<kStages - 2>();
-    settle(number, k);
+    settle(stage, k);
     __syncthreads();
-    if (k + (kStages - 1) * kDepth < end) ask(number + kStages - 1, k + (kStages - 1) * kDepth);
-    end_copies();
-    if (k + half * 64 >= end) continue;
-    Stage& stage = stages[number % kStages];
-    float sums[kTiles][4] = {};
-    const uint2 codes0 = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + g, half * 32) + t * 8);
-    const uint2 codes8 = *reinterpret_cast<const uint2*>(stage.codes_at(first_row + 8 + g, half * 32) + t * 8);
+    const bool inside = k + half * 64 < end;
+    uint32 a[2][4][4];
+    float scales[2][2];
+    uint4 b[2][kAtOnce][2];  // of x: for these tiles, and where there are registers for the next ones
+    const auto read_x = [&](int tile) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {  // eight columns of each lane t
-      uint32 a[2][4];
+      for (int i = 0; i < 2 * kAtOnce; ++i) {
+        const uint32 from = stage + (x_at ^ (i % 2 * 16)) + (tile + i / 2) * 8 * kTokenBytes;
+        b[kReadAhead ? tile / kAtOnce % 2 : 0][i / 2][i % 2] = load_shared<uint4>(from);
+      }
+    };
+    if (inside) {
+      uint2 codes[2][2];
 #pragma unroll
-      for (int step = 0; step < 2; ++step) PairTable<T>::fragment(a[step], table, j ? codes0.y : codes0.x, j ? codes8.y : codes8.x, step);
+      for (int i = 0; i < 4; ++i) codes[i / 2][i % 2] = load_shared<uint2>(stage + codes_at + i * 8 * kRowBytes);
 #pragma unroll
-      for (int i = 0; i < kTiles; i += 2) {  // two at a time: a product need not wait for the one before
-        const uint4 b[2] = {*reinterpret_cast<const uint4*>(stage.x_at(8 * i + g, half * 64 + t * 16 + j * 8)),
-                            *reinterpret_cast<const uint4*>(stage.x_at(8 * i + 8 + g, half * 64 + t * 16 + j * 8))};
-        multiply_tile<T>(sums[i], a[0], b[0].x, b[0].y);
-        multiply_tile<T>(sums[i + 1], a[0], b[1].x, b[1].y);
-        multiply_tile<T>(sums[i], a[1], b[0].z, b[0].w);
-        multiply_tile<T>(sums[i + 1], a[1], b[1].z, b[1].w);
+      for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = load_shared<float>(stage + scales_at + i * 32);
+      if (kReadAhead) read_x(0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint2 low = codes[i % 2][0], high = codes[i % 2][1];
+        PairTable<T>::fragment(a[i % 2][i / 2], table, i < 4 ? low.x : low.y, i < 4 ? high.x : high.y, i / 2 % 2);
       }
     }
-    const float low = stage.scales[half][first_row + g], high = stage.scales[half][first_row + 8 + g];
+    if (k + (kStages - 1) * kDepth < end) ask(asked, k + (kStages - 1) * kDepth);
+    end_copies();
+    if (inside) {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) totals[i / 4][i % 4] = fmaf(sums[i / 4][i % 4], i % 4 < 2 ? low : high, totals[i / 4][i % 4]);
+      for (int tile = 0; tile < kTiles; tile += kAtOnce) {
+        if (!kReadAhead) read_x(tile);
+        if (kReadAhead && tile + kAtOnce < kTiles) read_x(tile + kAtOnce);
+        float sums[2][kAtOnce][4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2 * kAtOnce; ++i) {
+            const uint4 x8 = b[kReadAhead ? tile / kAtOnce % 2 : 0][i / 2][j / 2];
+            multiply_tile<T>(sums[i % 2][i / 2], a[i % 2][j], j % 2 ? x8.z : x8.x, j % 2 ? x8.w : x8.y);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 8 * kAtOnce; ++i) {
+          float& total = totals[i / 4 % 2][tile + i / 8][i % 4];
+          total = fmaf(sums[i / 4 % 2][i / 8][i % 4], scales[i / 4 % 2][i % 4 / 2], total);
+        }
+      }
+    }
+    stage = stage + kStageBytes < stages + kStages * kStageBytes ? stage + kStageBytes : stages;
+    asked = asked + kStageBytes < stages + kStages * kStageBytes ? asked + kStageBytes : stages;
   }
 
-  // Add up the two halves of the columns.
+  // Add up the two halves of the columns, in shared memory: rows of x of kPitch numbers, so that lanes meet in no bank.
+  constexpr int kPitch = kRows + 4;
+  float* const sums = reinterpret_cast<float*>(shared + PairTable<T>::kWords);
   wait_for_copies<0>();
-  __syncthreads();
-  float* const others = reinterpret_cast<float*>(stages) + threadIdx.x % (kThreads / 2);
 #pragma unroll
-  for (int i = 0; i < 4 * kTiles; ++i) {
-    if (half) others[i * (kThreads / 2)] = totals[i / 4][i % 4];
+  for (int turn = 1; turn >= 0; --turn) {
+    __syncthreads();
+    if (half != turn) continue;
+#pragma unroll
+    for (int i = 0; i < 8 * kTiles; ++i) {
+      const int at = i % 4;
+      float* const sum = sums + (i / 4 % kTiles * 8 + 2 * t + at % 2) * kPitch + first_row + i / (4 * kTiles) * 16 + g + at / 2 * 8;
+      *sum = totals[i / (4 * kTiles)][i / 4 % kTiles][at] + (turn ? 0.0f : *sum);
+    }
   }
   __syncthreads();
-  if (half) return;
-#pragma unroll
-  for (int i = 0; i < 4 * kTiles; ++i) {
-    const float sum = totals[i / 4][i % 4] + others[i * (kThreads / 2)];
-    const int64 row = block_row + first_row + g + i % 4 / 2 * 8, token = block_token + i / 4 * 8 + 2 * t + i % 2;
-    if (row >= N || token >= M) continue;
+  const int row = threadIdx.x % kRows;
+  if (row >= rows) return;
+  const float added = bias ? to_float(bias[block_row + row]) : 0.0f;
+#pragma unroll 4
+  for (int token = threadIdx.x / kRows; token < tokens; token += kThreads / kRows) {
+    const float sum = sums[token * kPitch + row];
+    const int64 output = (block_token + token) * N + block_row + row;
     if (partial_sums) {
-      partial_sums[(blockIdx.z * M + token) * N + row] = sum;
+      partial_sums[blockIdx.z * M * N + output] = sum;
     } else {
-      y[token * N + row] = from_float<T>(bias ? sum + to_float(bias[row]) : sum);
+      y[output] = from_float<T>(sum + added);
     }
   }
 }
 
 template <class T>
 __device__ void add_partial_sums(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {
+  let_next_begin();
+  wait_for_previous();
   for (int64 i = int64(blockIdx.x) * kThreads + threadIdx.x; i < M * N; i += int64(gridDim.x) * kThreads) {
     float sum = partial_sums[i];
     for (int part = 1; part < parts; ++part) sum += partial_sums[part * M * N + i];
@@ -151,18 +200,22 @@ __device__ void add_partial_sums(T* y, const float* partial_sums, const T* bias,
   }
 }
 
-#define MANY_TOKENS(name, T, tokens, blocks)                                                                              \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                                          \
-      gemm_4bit_many##tokens##_##name(T* y, float* partial_sums, const T* x, Weight4bit weight, const T* bias, int64 M,   \
-                                      int stages_each) {                                                                  \
-    multiply_many<T, tokens>(y, partial_sums, x, weight, bias, M, stages_each);                                           \
+#define MANY_TOKENS(name, T, tokens, nested)                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                                 \
+      gemm_4bit_many##tokens##_##name(T* y, float* partial_sums, const T* x, Weight4bit weight, const T* bias, int64 M,     \
+                                      int stages_each) {                                                                    \
+    multiply_many<T, tokens, nested>(y, partial_sums, x, weight, bias, M, stages_each);                                     \
   }
-#define MANY(name, T)                                                                                                     \
-  MANY_TOKENS(name, T, 32, 1)                                                                                             \
-  MANY_TOKENS(name, T, 64, 1)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                                  \
-      gemm_4bit_add_##name(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {                 \
-    add_partial_sums(y, partial_sums, bias, M, N, parts);                                                                 \
+#define MANY(name, T)                                                                                                       \
+  MANY_TOKENS(name, T, 32, false)                                                                                           \
+  MANY_TOKENS(name, T, 64, false)                                                                                           \
+  MANY_TOKENS(name, T, 128, false)                                                                                          \
+  MANY_TOKENS(name##_nested, T, 32, true)                                                                                   \
+  MANY_TOKENS(name##_nested, T, 64, true)                                                                                   \
+  MANY_TOKENS(name##_nested, T, 128, true)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                                    \
+      gemm_4bit_add_##name(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {                   \
+    add_partial_sums(y, partial_sums, bias, M, N, parts);                                                                   \
   }
 
 MANY(float16, __half)

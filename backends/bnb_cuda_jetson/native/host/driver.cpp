@@ -7,6 +7,8 @@
 namespace bnb {
 namespace {
 
+constexpr int kGraphsTakeAttributes = 12030;  // CUDA 12.3
+
 template <class Function>
 void find(void* library, const char* name, Function& function) {
   function = reinterpret_cast<Function>(dlsym(library, name));
@@ -38,6 +40,9 @@ Driver load() {
   find(library, "cuThreadExchangeStreamCaptureMode", found.exchange_capture_mode);
   find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", found.blocks_per_multiprocessor);
   find(library, "cuLaunchKernel", found.launch);
+  int version = 0;
+  find(library, "cuDriverGetVersion", found.driver_version);
+  if (!found.driver_version(&version) && version >= kGraphsTakeAttributes) find(library, "cuLaunchKernelEx", found.launch_by_settings);
   return found;
 }
 

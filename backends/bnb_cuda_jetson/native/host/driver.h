@@ -27,8 +27,27 @@ constexpr int kComputeMajor = 75;              // CU_DEVICE_ATTRIBUTE_COMPUTE_CA
 constexpr int kComputeMinor = 76;              // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+// Settings of a launch, as the driver has them. The only attribute that is used here is the one that lets a kernel begin while the one
+// before it in the stream is still at work.
+struct LaunchAttribute {
+  int id = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  int unused = 0;
+  int allowed = 1;
+  char rest[60] = {};
+};
+struct LaunchSettings {
+  unsigned grid[3];
+  unsigned threads[3];
+  unsigned shared_bytes;
+  CUstream stream;
+  const LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchSettings) == 56, "CUlaunchAttribute and CUlaunchConfig");
+
 struct Driver {
   CUresult (*init)(unsigned);
+  CUresult (*driver_version)(int*);
   CUresult (*error_name)(CUresult, const char**);
   CUresult (*error_string)(CUresult, const char**);
   CUresult (*device_count)(int*);
@@ -45,6 +64,8 @@ struct Driver {
   CUresult (*exchange_capture_mode)(int*);
   CUresult (*blocks_per_multiprocessor)(int*, CUfunction, int, std::size_t);
   CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**);
+  // Null where the driver is older than CUDA 12.3, the first in which CUDA graphs take launches with attributes of this kind.
+  CUresult (*launch_by_settings)(const LaunchSettings*, CUfunction, void**, void**);
 };
 
 // The driver, loaded and initialized at first use. Throws Unavailable with the reason where there is none.

@@ -10,6 +10,8 @@
 namespace bnb {
 namespace {
 
+constexpr int kOverlaps = 90;  // the first architecture whose kernels can overlap
+
 std::mutex mutex;
 std::map<const void*, CUmodule> modules[kMaxDevices];  // by cubin
 
@@ -74,6 +76,15 @@ void Call::run(Kernel& kernel, Grid grid, void** arguments) const {
   const LoadedKernel& loaded = kernel.on(device);
   CUresult result = driver().launch(loaded.function, grid.x, grid.y, grid.z, kernel.threads(), 1, 1, kernel.shared_bytes(), stream,
                                     arguments, nullptr);
+  if (result != kSuccess) fail(device, op, result);
+}
+
+void Call::run_overlapping(Kernel& kernel, Grid grid, void** arguments) const {
+  if (device.architecture < kOverlaps || !driver().launch_by_settings) return run(kernel, grid, arguments);
+  const LoadedKernel& loaded = kernel.on(device);
+  const LaunchAttribute overlap;
+  const LaunchSettings settings{{grid.x, grid.y, grid.z}, {kernel.threads(), 1, 1}, kernel.shared_bytes(), stream, &overlap, 1};
+  CUresult result = driver().launch_by_settings(&settings, loaded.function, arguments, nullptr);
   if (result != kSuccess) fail(device, op, result);
 }
 

@@ -52,6 +52,7 @@ struct Call {
       : op(op), device(bnb::device(ordinal)), stream(reinterpret_cast<CUstream>(stream)), context_(this->device) {}
 
   void run(Kernel& kernel, Grid grid, void** arguments) const;
+  void run_overlapping(Kernel& kernel, Grid grid, void** arguments) const;
 
  private:
   CurrentContext context_;
@@ -62,6 +63,13 @@ template <class... Arguments>
 void launch(const Call& call, Kernel& kernel, Grid grid, Arguments... arguments) {
   void* pointers[] = {&arguments...};
   call.run(kernel, grid, pointers);
+}
+
+// The same, for kernels that may begin while the one before them is still at work: those of native/device/overlap.cuh.
+template <class... Arguments>
+void launch_overlapping(const Call& call, Kernel& kernel, Grid grid, Arguments... arguments) {
+  void* pointers[] = {&arguments...};
+  call.run_overlapping(kernel, grid, pointers);
 }
 
 // Blocks for `tiles` pieces of work, for kernels whose blocks go on to further pieces: all, but no more than run at once.

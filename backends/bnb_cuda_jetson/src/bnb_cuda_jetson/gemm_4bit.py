@@ -11,6 +11,8 @@ from bnb_core.ops.spec import Nested
 from bnb_cuda_jetson import _native, panels
 from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
 
+#: The native module chooses the kernel; its `gemm_4bit_paths` names what else may stand here.
+_PATH = "automatic"
 #: Rows of x from which a product may need scratch memory; for fewer, asking would cost more than the answer.
 _SCRATCH_FROM = 17
 
@@ -29,7 +31,8 @@ def _scratch(call: Call) -> int:
     size = _panel_size(call.x, call.packed, call.blocksize, call.N, call.K, transposed=False)
     if size:
         return 2 * size * int(call.K)
-    sums: int = _native.gemm_4bit_scratch(call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize)
+    product = call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize, call.nested is not None
+    sums: int = _native.gemm_4bit_scratch(*product, _PATH)
     return sums
 
 
@@ -75,6 +78,7 @@ def gemm_4bit(
         address(bias),
         *nested_addresses(nested),
         scratch.data_ptr(),
+        _PATH,
     )
 
 

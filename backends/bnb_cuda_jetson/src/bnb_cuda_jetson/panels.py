@@ -19,12 +19,14 @@ PANEL_BYTES = 32 << 20
 #: Rows of x below which panels are never faster, so that nothing is worked out.
 FEWEST_ROWS = 64
 
-#: Floating-point operations that a multiprocessor does in a clock in torch's product, about two thirds of the tensor cores' best,
-#: by compute capability; the next lower one counts.
-_LIBRARY_RATES = {80: 1400.0, 90: 2700.0}
-#: Clocks that a block of native/device/gemm_4bit_many.cu takes for a stage of 128 columns and 64 rows of x. Shared memory bounds
-#: it, which is as wide everywhere; measured on sm_90. Also rows and columns of its tiles, and the fewest stages of a block.
-_STAGE_CLOCKS, _BLOCK_ROWS, _TOKENS, _DEPTH, _FEWEST_STAGES = 3400.0, 128, 64, 128, 2
+#: Floating-point operations that a multiprocessor does in a clock in torch's product, two thirds to four fifths of the best of the
+#: tensor cores, by compute capability; the next lower one counts.
+_LIBRARY_RATES = {80: 1400.0, 90: 3200.0}
+#: How native/host/gemm_4bit.cpp cuts products for native/device/gemm_4bit_many.cu, and what it expects of each cut: clocks of a
+#: stage of 128 columns by the rows of x in a tile, measured on sm_90; also rows and columns of its tiles, the fewest stages of a
+#: block, clocks of a second launch, and bytes in a clock and multiprocessor of the sums that blocks share.
+_STAGE_CLOCKS, _BLOCK_ROWS, _DEPTH, _FEWEST_STAGES = {32: 1740.0, 64: 2400.0, 128: 3860.0}, 128, 128, 2
+_ADD_CLOCKS, _SUM_BYTES = 2000.0, 19.0
 #: Clocks that native/device/gemm_4bit_few.cu takes for 16 rows of x: for a start, and for each element of W on a multiprocessor.
 _FEW_ROWS, _FEW_START, _FEW_ELEMENT = 16, 1800.0, 0.08
 #: Floating-point operations in a clock of the kernels for any shape, in float32.
@@ -53,19 +55,26 @@ class Costs:
     def by_panels(self, M: int, N: int, K: int) -> float:
         """Estimate a product by way of panels.
 
-        Of each element half a byte is read and two are written, of which three quarters are read again from beyond the caches.
+        Of each element half a byte is read and two are written, of which nearly half are read again from beyond the caches. The
+        first product begins late.
         """
         panels = -(-N * K * 2 // PANEL_BYTES)
-        return 2 * panels * _LAUNCH + N * K * 4 / self._bytes + 2 * M * N * K / self._library
+        return (2 * panels + 1) * _LAUNCH + N * K * 3.4 / self._bytes + 2 * M * N * K / self._library
 
     def fused(self, M: int, N: int, K: int) -> float:
         """Estimate a product by the codes themselves: by the kernel for many rows of x, or several times by that for few."""
-        blocks, stages = -(-N // _BLOCK_ROWS) * -(-M // _TOKENS), -(-K // _DEPTH)
-        parts = max(1, min(self._multiprocessors // blocks, stages // _FEWEST_STAGES))
-        waves = -(-blocks * parts // self._multiprocessors)
-        many = waves * -(-stages // parts) * _STAGE_CLOCKS / self._clock + (_LAUNCH if parts > 1 else 0)
-        few = -(-M // _FEW_ROWS) * (_FEW_START + N * K / self._multiprocessors * _FEW_ELEMENT) / self._clock
-        return _LAUNCH + min(many, few)
+        stages = -(-K // _DEPTH)
+        many = float("inf")
+        for tokens, stage_clocks in _STAGE_CLOCKS.items():
+            blocks = -(-N // _BLOCK_ROWS) * -(-M // tokens)
+            each = -(-stages // max(1, min(self._multiprocessors // blocks, stages // _FEWEST_STAGES)))
+            parts = -(-stages // each)
+            clocks = -(-blocks * parts // self._multiprocessors) * each * stage_clocks
+            if parts > 1:
+                clocks += _ADD_CLOCKS + 8 * parts * M * N / (_SUM_BYTES * self._multiprocessors)
+            many = min(many, clocks)
+        few = -(-M // _FEW_ROWS) * (_FEW_START + N * K / self._multiprocessors * _FEW_ELEMENT)
+        return _LAUNCH + min(many, few) / self._clock
 
     def scalar(self, M: int, N: int, K: int) -> float:
         """Estimate a product by the kernels for any shape."""
