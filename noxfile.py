@@ -23,7 +23,7 @@ PYTHON_FILES = ["bnb_core", "backends", "tests", "examples", "benchmarks", "docs
 
 #: By Python version: the oldest torch that is supported, and one whose Linux wheel has a CPU build. Elsewhere the newest.
 TORCH = {"3.8": "torch==1.12.1", "3.11": "torch==2.13.0"}
-RUNTIME = ["numpy", "pluggy", "click", "rich", "importlib-metadata; python_version < '3.10'"]
+RUNTIME = ["numpy", "pluggy", "click", "rich", "platformdirs", "importlib-metadata; python_version < '3.10'"]
 TEST_TOOLS = ["pytest>=7", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "tokenizers", "matplotlib"]
 #: What the tests compare with; these need Python 3.10.
 PEERS = ["bitsandbytes==0.50.2", "transformers==4.57.6", "peft==0.21.2", "accelerate==1.15.0", "scipy"]
@@ -207,7 +207,7 @@ def cuda(session: nox.Session) -> None:
 
 #: What `nox -s gpu` does, in this order: all of it, or the parts that are named. "benchmarks" stands for those that follow it.
 GPU_PARTS = ["tests", "conformance", "sanitizers", "benchmarks"]
-GPU_BENCHMARKS = ["host", "memory_bound", "resident", "vs_bitsandbytes", "end_to_end"]
+GPU_BENCHMARKS = ["host", "memory_bound", "resident", "vs_bitsandbytes", "paths", "end_to_end"]
 
 
 def share_torch(session: nox.Session) -> None:

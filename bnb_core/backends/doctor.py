@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Dict, Iterator, List, Optional
 
 import bnb_core
-from bnb_core.backends import environment, hardware, selection
+from bnb_core.backends import environment, hardware, selection, tuning
 from bnb_core.backends.discovery import INSTALL_HINTS, Entry, State, describe, registry
 from bnb_core.backends.dispatch import Plan
 from bnb_core.errors import BackendDefinitionError
@@ -105,7 +105,7 @@ def examine(device: str = "cpu", *, self_test: bool = False) -> Report:
         self_test: run a small op with a known answer on each backend that is ready.
     """
     report = Report(device.split(":")[0])
-    sections = [_versions, _backends, _selection, _ops, _variables, _hardware, _plugins]
+    sections = [_versions, _backends, _selection, _ops, _variables, _hardware, _plugins, _tables]
     if self_test:
         sections.append(_self_tests)
     with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints must not spoil the output of --json
@@ -219,6 +219,26 @@ def _plugins(report: Report) -> None:
                     if not isinstance(check, Check):
                         raise BackendDefinitionError(f"bnb_doctor() returned {check!r}; it must return Check objects")
                     report.add(check.level, f"{entry.name}: {check.message}")
+
+
+def _tables(report: Report) -> None:
+    for entry in registry.entries():
+        if entry.state is not State.READY:
+            continue
+        with _surviving(report, f"table of {entry.name}"):
+            found = tuning.tuning_of(entry)
+            if found is None:
+                continue
+            device = found.identity.device
+            table = tuning.table(entry.name, found.identity)
+            if table is None:
+                report.add(
+                    "hint", f"{entry.name}: not tuned for {device}; `bnb tune` measures which of its kernels are the fastest there"
+                )
+            else:
+                report.add(
+                    "ok", f"{entry.name}: {len(table.cases)} kinds of calls tuned for {device}, {table.measured}: {table.file}"
+                )
 
 
 def _self_tests(report: Report) -> None:

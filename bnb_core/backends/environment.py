@@ -13,6 +13,7 @@ VARIABLES: Mapping[str, str] = {
     "BNB_BACKEND": "names of the backends to use, in order, separated by commas",
     "BNB_FALLBACK": "what happens where the preferred backend cannot run an op: warn (default), allow or never",
     "BNB_DISABLED_BACKENDS": "names of installed backends that must not be loaded, separated by commas",
+    "BNB_TUNE_CACHE": "folder of the tables that `bnb tune` writes; by default one in the user's folder for caches",
 }
 
 FALLBACK_POLICIES = ("warn", "allow", "never")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterable, Mapping, Optional, Sequence, Tuple
 
 import pluggy
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bnb_core.backends.api import Backend
     from bnb_core.backends.dispatch import Fallback
     from bnb_core.backends.doctor import Check
+    from bnb_core.backends.tuning import Tuning
 
 PROJECT_NAME = "bnb_core"
 
@@ -38,4 +39,18 @@ def bnb_doctor() -> "Iterable[Check]":
 @hookspec
 def bnb_fallback(event: "Fallback") -> None:
     """Observe that an op ran on another backend than the preferred one. Called once for each distinct event."""
+    raise NotImplementedError
+
+
+@hookspec
+def bnb_tune(device: Optional[str], shapes: Sequence[Tuple[int, int]]) -> "Tuning":
+    """Return what `bnb tune` may measure on a device, for a backend that has several ways to run a call.
+
+    Args:
+        device: torch device, such as `"cuda:1"`; None for the plugin's first.
+        shapes: rows and columns of weights to measure; where empty, those that the plugin thinks of.
+
+    Raises:
+        InvalidArgumentError: the plugin has no such device, or cannot take such a weight.
+    """
     raise NotImplementedError

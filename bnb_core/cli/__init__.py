@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, Tuple[str, str]] = {
     "doctor": ("bnb_core.cli.doctor", "Show backends, who runs which op, and what is wrong."),
     "quantize": ("bnb_core.cli.quantize", "Quantize a checkpoint on disk, in little memory; resumable."),
     "run": ("bnb_core.cli.run", "Run a program for which bitsandbytes is bnb_core."),
+    "tune": ("bnb_core.cli.tune", "Measure which kernels are the fastest on this machine, and use these from then on."),
 }
 
 

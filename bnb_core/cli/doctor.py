@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bnb_core.backends.doctor import Report, Runner, examine
+from bnb_core.cli import output
 from bnb_core.ops.spec import OPS
 
-#: Columns of text that goes to a file or a pipe, wide enough that a reason stays on its line.
-UNATTENDED_WIDTH = 180
 EVERYTHING = "*"
 _STYLES = {"ok": "green", "ready": "green", "hint": "cyan", "warn": "yellow", "fail": "red", "broken": "red", "incompatible": "red"}
 
@@ -47,8 +46,7 @@ def doctor(as_json: bool, device: str, self_test: bool, verbose: Optional[str]) 
 
 
 def _print(report: Report, verbose: Optional[str]) -> None:
-    # Without markup: `[reference]` in "pip install bnb-core[reference]" is text.
-    console = Console(width=None if sys.stdout.isatty() else UNATTENDED_WIDTH, markup=False, highlight=False, emoji=False)
+    console = output.console()
     console.print("   ".join(f"{name} {version}" for name, version in report.versions.items()))
     selected = ", ".join(report.selected) or "none"
     console.print(f"selection   {selected}   ({report.selected_by or 'unknown'})   fallback: {report.fallback or 'unknown'}")
@@ -59,19 +57,12 @@ def _print(report: Report, verbose: Optional[str]) -> None:
     _print_tracebacks(console, report, verbose)
 
 
-def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    return table
-
-
 def _styled(word: str) -> Text:
     return Text(word, style=_STYLES.get(word, ""))
 
 
 def _backends(report: Report) -> Table:
-    table = _table("backend", "state", "distribution", "priority", "ops", "notes")
+    table = output.table("backend", "state", "distribution", "priority", "ops", "notes")
     for row in report.backends:
         priority = "-" if row.priority is None else str(row.priority)
         ops = "-" if row.ops is None else f"{row.ops}/{len(OPS)}"
@@ -83,7 +74,7 @@ def _ops(report: Report) -> Table:
     dtypes: List[str] = []
     for runners in report.ops.values():
         dtypes.extend(dtype for dtype in runners if dtype not in dtypes)
-    table = _table(f"op on {report.device}", *dtypes)
+    table = output.table(f"op on {report.device}", *dtypes)
     for op, runners in report.ops.items():
         table.add_row(op, *(Text(_cell(runners.get(dtype))) for dtype in dtypes))
     if any(runner.conditional for runners in report.ops.values() for runner in runners.values()):
@@ -98,7 +89,7 @@ def _cell(runner: Optional[Runner]) -> str:
 
 
 def _checks(report: Report) -> Table:
-    table = _table("checks", "")
+    table = output.table("checks", "")
     for check in report.checks:
         table.add_row(_styled(check.level), Text(check.message))
     return table

@@ -45,6 +45,7 @@ def run_with_driver(driver_folder: Path, tmp_path: Path) -> Callable[..., Run]:
             "LD_LIBRARY_PATH": str(driver_folder),
             "FAKE_CAPABILITIES": capabilities,
             "FAKE_LOG": str(log),
+            "BNB_TUNE_CACHE": str(tmp_path / "tables"),
             **{f"FAKE_{name.upper()}": str(value) for name, value in settings.items()},
         }
         program = "from bnb_cuda_jetson import _native, backend\n" + code

@@ -1,5 +1,6 @@
 // A libcuda.so.1 for tests: devices as FAKE_CAPABILITIES says ("87,72"), and a line of text for each call that matters, in FAKE_LOG.
 // FAKE_FAILURE ("cuLaunchKernel=700") makes a call fail; FAKE_CURRENT (a device's number) is the device whose context is current.
+// FAKE_ATTRIBUTES ("16=132,13=1980000") sets attributes of the devices, by their numbers in cuda.h.
 // FAKE_VERSION is the version of the driver (12020 for CUDA 12.2). FAKE_WORDS says how much of a launch's first argument is written, in
 // words of 8 bytes; one without.
 #include <cstddef>
@@ -21,6 +22,16 @@ std::vector<int> capabilities() {
     rest = comma == std::string::npos ? "" : rest.substr(comma + 1);
   }
   return found;
+}
+
+// The number after "KEY=" in a list of such pairs that an environment variable has.
+bool find_setting(const char* variable, int key, int* value) {
+  const char* text = getenv(variable);
+  const std::string rest = std::string(",") + (text ? text : ""), wanted = "," + std::to_string(key) + "=";
+  const std::size_t found = rest.find(wanted);
+  if (found == std::string::npos) return false;
+  *value = atoi(rest.c_str() + found + wanted.size());
+  return true;
 }
 
 int outcome(const char* call) {
@@ -66,8 +77,9 @@ int cuDeviceGetCount(int* count) { return *count = static_cast<int>(capabilities
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, size, "Fake %d", capabilities().at(device)), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  if (find_setting("FAKE_ATTRIBUTES", attribute, value)) return 0;
   int capability = capabilities().at(device);
-  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? 8 : 1000;
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? 8 : attribute == 18 ? 0 : 1000;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {

@@ -88,8 +88,41 @@ def test_each_path_of_a_product(N, K, blocksize, dtype, nested):
 
 @pytest.mark.skipif(torch.cuda.is_available() and _native.device(0).architecture < 80, reason="needs tensor cores of sm_80")
 def test_each_path_was_among_these():
-    names = {path for M in (1, 64) for path in Weight(128, 64).paths(M, torch.bfloat16)}
-    assert names >= {"one", "few", "many", "any"}
+    names = {path for M in (1, 64) for path in Weight(128, 64).paths(M, torch.float16)}
+    assert names == {"any", "one", "few", "wmma", "many32", "many64", "many128"}
+
+
+@pytest.mark.parametrize("K", [16, 48, 1040, 4096])
+@pytest.mark.parametrize("N", [1, 100, 300])
+def test_each_path_of_an_int8_product(N, K):
+    """Sums are exact, and what is made of them does not depend on the path."""
+    codes, absmax = torch.randint(-128, 128, (N, K), device="cuda", dtype=torch.int8), torch.rand(N, device="cuda") + 0.5
+    bias = torch.randn(N, device="cuda", dtype=torch.float16)
+    for M in (1, 5, 16, 17, 64, 100, 200):
+        a = torch.randint(-128, 128, (M, K), device="cuda", dtype=torch.int8)
+        for path in _native.int8_paths(0, False, M, K):
+            y = torch.empty(M, N, device="cuda", dtype=torch.int32)
+            _native.int8_matmul(0, current_stream(0), y.data_ptr(), a.data_ptr(), codes.data_ptr(), M, N, K, path)
+            assert torch.equal(y.double(), a.double() @ codes.double().t()), (path, M)
+        x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+        x[:, ::37] *= 8
+        scratch = torch.empty(_native.int8_linear_scratch(M, K), device="cuda", dtype=torch.uint8)
+        weight = codes.data_ptr(), absmax.data_ptr(), bias.data_ptr()
+        for threshold in (0.0, 6.0):
+            results = {}
+            for path in _native.int8_paths(0, True, M, K):
+                y = torch.full((M, N), torch.nan, device="cuda", dtype=x.dtype)
+                rest = threshold, M, N, K, scratch.data_ptr(), path
+                _native.int8_linear(0, current_stream(0), y.data_ptr(), DTYPES[x.dtype], x.data_ptr(), *weight, *rest)
+                results[path] = y
+            assert torch.isfinite(results["any"]).all()
+            for path in set(results) - {"few"}:  # which adds the outliers up in another order
+                assert torch.equal(results[path], results["any"]), (path, M, threshold)
+
+
+def test_each_path_of_int8_was_among_these():
+    names = {path for is_linear in (False, True) for path in _native.int8_paths(0, is_linear, 1, 64)}
+    assert names >= {"few", "wmma", "any"}
 
 
 # --------------------------------------------------------------------------------------- launches before the last one has ended
@@ -119,7 +152,8 @@ def test_a_chain_of_products_is_the_products_one_by_one(M, dtype):
         x = start
         for number, weight in enumerate(weights):
             y = buffers[number % 2][: M * weight.N].view(M, weight.N)
-            x = weight.times_by("automatic", x, y=y)
+            paths = weight.paths(M, dtype)
+            x = weight.times_by(paths[1] if M <= 8 else paths[-1], x, y=y)
             step()
         return x.clone()
 

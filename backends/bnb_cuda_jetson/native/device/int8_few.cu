@@ -1,5 +1,6 @@
 // int8_linear for one to four rows of x, at the speed at which memory gives the weight. Each block quantizes x for itself.
 #include "int8_linear.cuh"
+#include "overlap.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWeightRows = 2;  // that a warp multiplies at a time
@@ -56,15 +57,17 @@ __device__ void linear_few(const Int8Linear<T>& linear, float threshold) {
   int8* const x_codes = reinterpret_cast<int8*>(shared);
   uint16* const outliers = reinterpret_cast<uint16*>(x_codes + kRows * K);
   const int64 pairs = (linear.N + kWeightRows - 1) / kWeightRows, stride = int64(gridDim.x) * (kThreads / 32);
-  int64 pair = int64(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  int64 pair = blockIdx.x + int64(gridDim.x) * (threadIdx.x / 32);
   const auto weight_row = [&](int i) { return linear.codes + min(pair * kWeightRows + i, linear.N - 1) * K; };
 
   // Ask the memory for the first weights: they are needed when x is quantized.
   if (pair < pairs) {
     for (int i = 0; i < kWeightRows; ++i) {
-      for (int k = lane * 128; k < K; k += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_row(i) + k));
+      for (int k = lane * 128; k < K; k += 32 * 128) prefetch(weight_row(i) + k);
     }
   }
+  let_next_begin();
+  wait_for_previous();
   const int outlier_count = threshold > 0.0f ? list_outliers<kRows>(outliers, linear, threshold) : 0;
   float row_scales[kRows];
 #pragma unroll

@@ -3,7 +3,7 @@
 
 #include "scales.cuh"
 
-// The same struct as in native/host/gemm_4bit.cpp.
+// The same struct as in native/host/weight_4bit.h.
 struct Weight4bit {
   const uint8* packed;
   Scales scales;

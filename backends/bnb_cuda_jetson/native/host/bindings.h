@@ -9,6 +9,7 @@ void bind_blockwise(nanobind::module_& module);
 void bind_four_bit(nanobind::module_& module);
 void bind_embedding(nanobind::module_& module);
 void bind_gemm_4bit(nanobind::module_& module);
+void bind_gemm_4bit_any(nanobind::module_& module);
 void bind_int8(nanobind::module_& module);
 void bind_optimizer(nanobind::module_& module);
 

@@ -38,6 +38,7 @@ const Device* inspect(int ordinal) {
   found->memory_clock_kilohertz = attribute(found->handle, kMemoryClockKilohertz);
   found->memory_bus_bits = attribute(found->handle, kMemoryBusBits);
   found->l2_bytes = attribute(found->handle, kL2Bytes);
+  found->integrated = attribute(found->handle, kIntegrated);
   return found.release();  // kept for the life of the process
 }
 
@@ -59,6 +60,12 @@ int device_count() {
   int count = 0;
   require(driver().device_count(&count), "counting the devices");
   return count;
+}
+
+int driver_version() {
+  int version = 0;
+  require(driver().driver_version(&version), "reading the driver's version");
+  return version;
 }
 
 const Device& device(int ordinal) {

@@ -20,12 +20,16 @@ struct Device {
   int memory_clock_kilohertz;
   int memory_bus_bits;
   int l2_bytes;
+  bool integrated;  // shares the memory of the CPU
 
   // "cuda:0 (Orin)".
   std::string title() const;
 };
 
 int device_count();
+
+// The version of CUDA that the driver is made for: 12030 is 12.3.
+int driver_version();
 
 // The device of this number. Reading about it makes no context.
 const Device& device(int ordinal);

@@ -20,6 +20,7 @@ constexpr CUresult kSuccess = 0;
 // Values of the driver's enumerations.
 constexpr int kMultiprocessors = 16;           // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kClockKilohertz = 13;            // CU_DEVICE_ATTRIBUTE_CLOCK_RATE
+constexpr int kIntegrated = 18;                // CU_DEVICE_ATTRIBUTE_INTEGRATED
 constexpr int kMemoryClockKilohertz = 36;      // CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE
 constexpr int kMemoryBusBits = 37;             // CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
 constexpr int kL2Bytes = 38;                   // CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE

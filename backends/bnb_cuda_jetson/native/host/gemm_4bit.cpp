@@ -1,55 +1,16 @@
-// Entry points of products with 4-bit weights: gemm_4bit, gemm_4bit_transposed and the grouped ones.
-#include <algorithm>
-#include <cstring>
-#include <iterator>
-#include <stdexcept>
-#include <string>
-#include <vector>
+// Entry points of gemm_4bit, one of whose kernels the caller names.
+#include <utility>
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "arguments.h"
 #include "bindings.h"
-#include "launch.h"
+#include "paths.h"
+#include "weight_4bit.h"
 
 namespace bnb {
 namespace {
-
-// The same struct as in native/device/weight_4bit.cuh.
-struct Weight4bit {
-  Address packed;
-  Scales scales;
-  Address codebook;
-  std::int64_t N;
-  std::int64_t K;
-  std::int64_t first_block = 0;
-  int blocksize_shift;
-  int unused = 0;
-};
-
-// ------------------------------------------------------------------------------------------------------- any shape and alignment
-constexpr int kAnyRows = 32;  // tile of tiled_product.cuh
-constexpr int kAnyOutputs = 64;
-
-Kernel any_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_any_bfloat16", 256},
-};
-Kernel transposed_kernels[kDtypes] = {
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float32", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_float16", 256},
-    {"gemm_4bit_any", "gemm_4bit_transposed_any_bfloat16", 256},
-};
-
-constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
-
-// Rows of x are tiles in a grid's second dimension: as many launches as that needs.
-template <class Launch>
-void by_rows(std::int64_t rows, std::int64_t tile, Launch launch_rows) {
-  for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile) launch_rows(first, std::min(rows - first, kMostGridRows * tile));
-}
 
 // What is multiplied, as far as kernels may depend on it.
 struct Product {
@@ -133,9 +94,6 @@ FewKernel& few_kernel(const Product& product) {
 
 bool fits_few(const Product& product) { return product.aligned && product.K % 32 == 0 && product.K < (std::int64_t(1) << 31) - 4096; }
 
-// Rows up to which these win over the kernels for any shape.
-std::int64_t most_few(const Product& product) { return product.has_tensor_cores() ? 1 << 30 : 8; }
-
 // Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
 // one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
 // those of a multiprocessor slow each other down.
@@ -172,14 +130,13 @@ Kernel one_kernels[2] = {
     {"gemm_4bit_one", "gemm_4bit_one_bfloat16", 256, kOneBytes},
 };
 
-// Elements of W on a multiprocessor from which this is faster than the kernels for few rows, and from which two blocks are than one.
-constexpr std::int64_t kWorthOne = 64 << 10, kWorthTwoBlocks = 1 << 20;
+// Elements of W on a multiprocessor from which two blocks are faster than one.
+constexpr std::int64_t kWorthTwoBlocks = 1 << 20;
 
+// Nested scales take longer here than with the kernels for few rows.
 bool fits_one(const Product& product) {
   return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
 }
-
-bool is_worth_one(const Product& product) { return product.N * product.K >= kWorthOne * product.device.multiprocessors; }
 
 void multiply_one(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
   Kernel& kernel = one_kernels[product.dtype - kFloat16];
@@ -213,54 +170,29 @@ Kernel add_kernels[2] = {
     {"gemm_4bit_many", "gemm_4bit_add_bfloat16", 256},
 };
 
-// How the kernels for many rows cut a product: the size of tiles of rows of x, as an index of kManyTokens, and blocks that share the
-// columns, `stages` stages each.
+// How the kernels for many rows cut the columns: into parts for different blocks, of `stages` stages each.
 struct Cut {
-  int size;
   int parts;
   int stages;
 };
 
-// The cut that takes the fewest clocks, by an estimate that src/bnb_cuda_jetson/panels.py makes too: clocks of a stage of each size, of
-// a launch, and bytes in a clock and multiprocessor of the sums of parts, which are written and read again. As measured on sm_90.
-Cut cut_many(const Product& product) {
-  constexpr double kStageClocks[] = {1740, 2400, 3860}, kLaunchClocks = 2000, kSumBytes = 19;
-  const Device& device = product.device;
-  const std::int64_t M = product.M, N = product.N, K = product.K;
-  const std::int64_t stages = ceil_div(K, kManyDepth);
-  Cut best{};
-  double fewest = 0;
-  for (int size = 0; size < 3; ++size) {
-    const std::int64_t blocks = ceil_div(N, kManyRows) * ceil_div(M, kManyTokens[size]);
-    const std::int64_t wanted = std::max<std::int64_t>(1, std::min(device.multiprocessors / blocks, stages / kFewestStages));
-    const std::int64_t each = ceil_div(stages, wanted), parts = ceil_div(stages, each);
-    double clocks = static_cast<double>(ceil_div(blocks * parts, device.multiprocessors)) * each * kStageClocks[size];
-    if (parts > 1) clocks += kLaunchClocks + 8.0 * parts * M * N / (kSumBytes * device.multiprocessors);
-    if (!size || clocks < fewest) {
-      fewest = clocks;
-      best = {size, static_cast<int>(parts), static_cast<int>(each)};
-    }
-  }
-  return best;
+// As many parts as there are multiprocessors for, if each has work enough. tokens: rows of x of a tile.
+Cut cut_many(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const std::int64_t stages = ceil_div(K, kManyDepth), blocks = ceil_div(N, kManyRows) * ceil_div(M, tokens);
+  const std::int64_t wanted = std::max<std::int64_t>(1, std::min(multiprocessors / blocks, stages / kFewestStages));
+  const std::int64_t each = ceil_div(stages, wanted);
+  return {static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
-
-// Products of a multiprocessor up to which the kernels for few rows are faster: those for many take longer to start.
-constexpr double kSmallProduct = 1.2e6;
 
 bool fits_many(const Product& product) { return fits_few(product) && product.has_tensor_cores() && product.one_scale_for_64(); }
 
-bool is_worth_many(const Product& product) {
-  const bool small = product.M <= 32 && static_cast<double>(product.M) * product.N * product.K <=
-                                            kSmallProduct * product.device.multiprocessors;
-  return product.M > 16 && !small;
-}
-
-void multiply_many(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias,
+// size: of tiles, as an index of kManyTokens.
+void multiply_many(const Call& call, const Product& product, int size, Address out, Address x, const Weight4bit& weight, Address bias,
                    Address scratch) {
-  const Cut cut = cut_many(product);
   const std::int64_t M = product.M;
-  const int index = product.dtype - kFloat16, tokens = kManyTokens[cut.size];
-  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][cut.size];
+  const int index = product.dtype - kFloat16, tokens = kManyTokens[size];
+  const Cut cut = cut_many(call.device.multiprocessors, tokens, M, weight.N, weight.K);
+  Kernel& kernel = (product.nested ? many_nested_kernels : many_kernels)[index][size];
   const Address sums = cut.parts > 1 ? scratch : 0;
   by_rows(M, tokens, [&](std::int64_t first, std::int64_t count) {  // more than one launch only where there is one part
     const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kManyRows)), static_cast<unsigned>(ceil_div(count, tokens)),
@@ -273,116 +205,82 @@ void multiply_many(const Call& call, const Product& product, Address out, Addres
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------ which of these
-struct Path {
-  const char* name;
-  bool (*fits)(const Product&);
-  bool (*is_worth)(const Product&);  // where it fits, and none before it is
+// ------------------------------------------------------------------------------------------------- tensor cores before sm_80
+// The kernels of gemm_4bit_wmma.cu, of float16: by the rows of x of a tile.
+constexpr int kWmmaTokens[] = {16, 32, 64};
+constexpr int kWmmaRows = 128;  // of W that a block multiplies
+
+constexpr unsigned wmma_shared_bytes(unsigned tokens) {
+  const unsigned plane = 32 * (kWmmaRows + 1) + 32 * (tokens + 1);  // 16 columns
+  return 4 * kPairTable + 2 * (4 * plane + 4 * kWmmaRows);
+}
+static_assert(wmma_shared_bytes(64) <= kSharedOfXavier, "64 rows of x");
+
+Kernel wmma_kernels[3] = {
+    {"gemm_4bit_wmma", "gemm_4bit_wmma16", 256, wmma_shared_bytes(16)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma32", 256, wmma_shared_bytes(32)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64)},
 };
 
-constexpr Path kMany{"many", fits_many, is_worth_many};
-constexpr Path kOne{"one", fits_one, is_worth_one};
-constexpr Path kFew{"few", fits_few, [](const Product& product) { return product.M <= most_few(product); }};
-constexpr Path kAny{"any", [](const Product&) { return true; }, [](const Product&) { return true; }};
-constexpr const Path* kPaths[] = {&kMany, &kOne, &kFew, &kAny};
-constexpr const char* kAutomatic = "automatic";
+bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }
 
-const Path& choose(const Product& product) {
-  return **std::find_if(std::begin(kPaths), std::end(kPaths), [&](const Path* path) { return path->fits(product) && path->is_worth(product); });
+void multiply_wmma(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
+  const int size = product.M <= 16 ? 0 : product.M <= 32 ? 1 : 2, tokens = kWmmaTokens[size];
+  by_rows(product.M, tokens, [&](std::int64_t first, std::int64_t count) {
+    const Grid grid{static_cast<unsigned>(ceil_div(weight.N, kWmmaRows)), static_cast<unsigned>(ceil_div(count, tokens))};
+    launch(call, wmma_kernels[size], grid, out + 2 * first * weight.N, x + 2 * first * weight.K, weight, bias, count);
+  });
 }
 
-const Path& path_named(const char* name, const Product& product) {
-  if (!std::strcmp(name, kAutomatic)) return choose(product);
-  for (const Path* path : kPaths) {
-    if (!std::strcmp(name, path->name) && path->fits(product)) return *path;
-  }
-  throw std::invalid_argument(std::string("gemm_4bit: no path '") + name + "' takes this product; gemm_4bit_paths names those that do");
-}
+// ------------------------------------------------------------------------------------------------------------- which of these
+// src/bnb_cuda_jetson/choice.py chooses.
+constexpr Paths<Product, 7> kPaths{"gemm_4bit",
+                                   {{"any", [](const Product&) { return true; }},
+                                    {"one", fits_one},
+                                    {"few", fits_few},
+                                    {"wmma", fits_wmma},
+                                    {"many32", fits_many, 0},
+                                    {"many64", fits_many, 1},
+                                    {"many128", fits_many, 2}}};
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
-// The names of the paths that take a product whose operands begin at multiples of 16 bytes; first the one that is automatic.
+// The names of the paths that take a product whose operands begin at multiples of 16 bytes.
 std::vector<std::string> gemm_4bit_paths(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize,
                                          bool nested) {
-  const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  std::vector<std::string> names{choose(product).name};
-  for (const Path* path : kPaths) {
-    if (path->fits(product) && path->name != names[0]) names.push_back(path->name);
-  }
-  return names;
+  return kPaths.names({device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true});
 }
 
-// Bytes of scratch memory for a call, for sums of parts of the columns.
+// Bytes of scratch memory that a path needs, for sums of parts of the columns.
 std::int64_t gemm_4bit_scratch(int ordinal, int dtype, std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t blocksize, bool nested,
                                const char* path) {
   const Product product{device(ordinal), dtype, M, N, K, exact_log2(blocksize), nested, true};
-  if (&path_named(path, product) != &kMany) return 0;
-  const Cut cut = cut_many(product);
+  const int size = kPaths.named(path, product).size;
+  if (size < 0) return 0;
+  const Cut cut = cut_many(product.device.multiprocessors, kManyTokens[size], M, N, K);
   return cut.parts > 1 ? 4 * cut.parts * M * N : 0;
 }
 
-// path: "automatic", or one of those that gemm_4bit_paths names.
+// How kernels for many rows, with tiles of `tokens` rows, cut the columns: into how many parts, of how many stages of 128 columns.
+std::pair<int, int> gemm_4bit_cut(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int64_t N, std::int64_t K) {
+  const Cut cut = cut_many(multiprocessors, tokens, M, N, K);
+  return {cut.parts, cut.stages};
+}
+
+// path: one of those that gemm_4bit_paths names.
 void gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t M, Address packed, Address absmax,
                Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address bias, Address nested_absmax,
                Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize, Address scratch, const char* path) {
   Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
+  const Scales scales(absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize);
+  const Weight4bit weight(packed, scales, codebook, blocksize, N, K);
   const bool aligned = packed % 16 == 0 && x % 16 == 0 && weight.scales.nested_shift >= 0;
   const Product product{call.device, dtype, M, N, K, weight.blocksize_shift, nested_absmax != 0, aligned};
-  const Path& chosen = path_named(path, product);
-  if (&chosen == &kMany) return multiply_many(call, product, out, x, weight, bias, scratch);
-  if (&chosen == &kOne) return multiply_one(call, product, out, x, weight, bias);
-  if (&chosen == &kFew) return multiply_few(call, product, out, x, weight, bias);
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(N, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, any_kernels[dtype], grid, out + first * N * size, x + first * K * size, weight, bias, count, Address(0), 0);
-  });
-}
-
-void gemm_4bit_transposed(int device, Address stream, Address out, int dtype, Address g, std::int64_t M, Address packed, Address absmax,
-                          Address codebook, std::int64_t blocksize, std::int64_t N, std::int64_t K, Address nested_absmax,
-                          Address nested_codebook, Address nested_offset, std::int64_t nested_blocksize) {
-  Call call("gemm_4bit_transposed", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t size = dtype == kFloat32 ? 4 : 2;
-  by_rows(M, kAnyRows, [&](std::int64_t first, std::int64_t count) {
-    const Grid grid{static_cast<unsigned>(ceil_div(K, kAnyOutputs)), static_cast<unsigned>(ceil_div(count, kAnyRows))};
-    launch(call, transposed_kernels[dtype], grid, out + first * K * size, g + first * N * size, weight, count, Address(0), 0);
-  });
-}
-
-Kernel panel_kernel("gemm_4bit_panel", "gemm_4bit_panel", 256);
-
-// Dequantize a part of a weight to bfloat16. K and the column numbers are multiples of 8, `packed` of 4.
-void gemm_4bit_panel(int device, Address stream, Address out, Address packed, Address absmax, Address codebook, std::int64_t blocksize,
-                     std::int64_t N, std::int64_t K, std::int64_t first_row, std::int64_t rows, std::int64_t first_column,
-                     std::int64_t columns, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                     std::int64_t nested_blocksize) {
-  Call call("gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  const std::int64_t across = ceil_div(columns, 8 * 256), down = ceil_div(panel_kernel.on(call.device).resident_blocks, across);
-  const Grid grid{static_cast<unsigned>(across), static_cast<unsigned>(std::min({ceil_div(rows, 4), down, kMostGridRows}))};
-  launch(call, panel_kernel, grid, out, weight, first_row, rows, first_column, columns);
-}
-
-void grouped_gemm_4bit(int device, Address stream, Address out, int dtype, Address x, std::int64_t tokens, Address packed, Address absmax,
-                       Address codebook, std::int64_t blocksize, Address offsets, int experts, std::int64_t N, std::int64_t K,
-                       bool transposed, Address nested_absmax, Address nested_codebook, Address nested_offset,
-                       std::int64_t nested_blocksize) {
-  Call call(transposed ? "grouped_gemm_4bit_transposed" : "grouped_gemm_4bit", device, stream);
-  Weight4bit weight{packed, {absmax, nested_absmax, nested_codebook, nested_offset, nested_blocksize}, codebook, N, K, 0,
-                    exact_log2(blocksize)};
-  // Which tokens are whose is known on the device alone: as many tiles of tokens as there can be, those left over do nothing.
-  const std::int64_t tiles = tokens / kAnyRows + std::min<std::int64_t>(experts, tokens);
-  const Grid grid{static_cast<unsigned>(ceil_div(transposed ? K : N, kAnyOutputs)), static_cast<unsigned>(std::min(tiles, kMostGridRows))};
-  if (transposed) {
-    launch(call, transposed_kernels[dtype], grid, out, x, weight, tokens, offsets, experts);
-  } else {
-    launch(call, any_kernels[dtype], grid, out, x, weight, Address(0), tokens, offsets, experts);
-  }
+  const Path<Product>& chosen = kPaths.named(path, product);
+  if (chosen.size >= 0) return multiply_many(call, product, chosen.size, out, x, weight, bias, scratch);
+  if (chosen.fits == fits_one) return multiply_one(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_wmma) return multiply_wmma(call, product, out, x, weight, bias);
+  if (chosen.fits == fits_few) return multiply_few(call, product, out, x, weight, bias);
+  multiply_any(call, dtype, out, x, weight, bias, M);
 }
 
 }  // namespace
@@ -391,9 +289,7 @@ void bind_gemm_4bit(nanobind::module_& module) {
   module.def("gemm_4bit", &gemm_4bit, NoLock());
   module.def("gemm_4bit_paths", &gemm_4bit_paths);
   module.def("gemm_4bit_scratch", &gemm_4bit_scratch);
-  module.def("gemm_4bit_transposed", &gemm_4bit_transposed, NoLock());
-  module.def("gemm_4bit_panel", &gemm_4bit_panel, NoLock());
-  module.def("grouped_gemm_4bit", &grouped_gemm_4bit, NoLock());
+  module.def("gemm_4bit_cut", &gemm_4bit_cut);
 }
 
 }  // namespace bnb

@@ -1,15 +1,19 @@
 // Entry points of LLM.int8().
 #include <algorithm>
 
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
 #include "arguments.h"
 #include "bindings.h"
 #include "launch.h"
+#include "paths.h"
 
 namespace bnb {
 namespace {
 
 constexpr std::int64_t kMostGridRows = 65535;  // what a grid may have in its second dimension
-constexpr int kAnyRows = 32;                   // tile of tiled_product.cuh
+constexpr int kAnyRows = 32;                   // of int8_linear_transposed_any
 constexpr int kAnyOutputs = 64;
 constexpr unsigned kFewBytes = 64 * 1024;      // shared memory of int8_few.cu: codes of x and the list of outliers
 
@@ -21,24 +25,27 @@ Kernel inspect_columns_kernels[kDtypes] = BNB_FLOATS("int8", "int8_inspect_colum
 Kernel quantize_columns_kernels[kDtypes] = BNB_FLOATS("int8", "int8_quantize_columns", 256);
 Kernel matmul_dequant_kernels[kDtypes] = BNB_FLOATS("int8", "int8_matmul_dequant", 256);
 Kernel dequantize_rows_kernels[kDtypes] = BNB_FLOATS("int8", "int8_dequantize_rows", 256);
-Kernel linear_any_kernels[kDtypes] = BNB_FLOATS("int8_any", "int8_linear_any", 256);
 Kernel transposed_any_kernels[kDtypes] = BNB_FLOATS("int8_any", "int8_linear_transposed_any", 256);
 Kernel linear_one_kernels[kDtypes] = BNB_FLOATS("int8_few", "int8_linear_one", 512, kFewBytes);
 Kernel linear_four_kernels[kDtypes] = BNB_FLOATS("int8_few", "int8_linear_four", 512, kFewBytes);
-Kernel matmul_any_kernel("int8_any", "int8_matmul_any", 256);
 
-// The tiles of int8_tensor.cu: outputs and rows, and the shared memory for three stages of 128 codes of each.
-struct Tile {
-  int outputs;
+// Kernels that multiply codes by tiles of this many rows and outputs.
+struct Tiled {
   int rows;
-  constexpr unsigned shared_bytes() const { return 3 * 128 * static_cast<unsigned>(outputs + rows); }
+  int outputs;
+  Kernel matmul;
+  Kernel linear[kDtypes];
 };
-constexpr Tile kMany{64, 64};
-constexpr Tile kFew{128, 16};
-Kernel matmul_many_kernel("int8_tensor", "int8_matmul_many", 256, kMany.shared_bytes());
-Kernel matmul_few_kernel("int8_tensor", "int8_matmul_few", 256, kFew.shared_bytes());
-Kernel linear_many_kernels[kDtypes] = BNB_FLOATS("int8_tensor", "int8_linear_many", 256, kMany.shared_bytes());
-Kernel linear_few_kernels[kDtypes] = BNB_FLOATS("int8_tensor", "int8_linear_few", 256, kFew.shared_bytes());
+#define BNB_TILED(unit, name, ...) \
+  {unit, "int8_matmul_" name, __VA_ARGS__}, BNB_FLOATS(unit, "int8_linear_" name, __VA_ARGS__)
+
+Tiled tiled_any{kAnyRows, kAnyOutputs, BNB_TILED("int8_any", "any", 256)};
+// Of int8_tensor.cu: shared memory for three stages of 128 codes of each row and output.
+Tiled tensor_few{16, 128, BNB_TILED("int8_tensor", "few", 256, 3 * 128 * (16 + 128))};
+Tiled tensor_many{64, 64, BNB_TILED("int8_tensor", "many", 256, 3 * 128 * (64 + 64))};
+// Of int8_wmma.cu: for two stages of 64 codes of each, whose planes are 32 bytes apart, or for the products.
+Tiled wmma_few{16, 128, BNB_TILED("int8_wmma", "wmma_few", 256, 2 * 4 * (16 * (16 + 128) + 32))};
+Tiled wmma_many{64, 128, BNB_TILED("int8_wmma", "wmma_many", 256, 4 * 64 * (128 + 4))};
 
 // The same struct as in native/device/int8_linear.cuh.
 struct Linear {
@@ -62,10 +69,42 @@ unsigned row_blocks(std::int64_t rows) { return static_cast<unsigned>(std::min<s
 
 std::int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-bool on_tensor_cores(const Device& device, std::int64_t K, Address a, Address b) {
-  return device.architecture >= 80 && K % 16 == 0 && a % 16 == 0 && b % 16 == 0;
+// ---------------------------------------------------------------------------------------------------------- which kernels multiply
+struct Product {
+  const Device& device;
+  bool is_linear;  // rather than a product of codes
+  std::int64_t rows, K;
+  bool aligned;  // codes: for kernels that read 16 at a time
+};
+
+// One kernel that quantizes x itself.
+bool fits_few(const Product& product) {
+  const std::int64_t bytes = ((product.rows == 1 ? 1 : 4) + 2) * product.K;
+  return product.is_linear && product.rows <= 4 && product.K % 16 == 0 && product.aligned && bytes <= static_cast<std::int64_t>(kFewBytes);
+}
+bool fits_wmma(const Product& product) { return product.K % 16 == 0 && product.aligned; }
+bool fits_tensor(const Product& product) { return fits_wmma(product) && product.device.architecture >= 80; }
+bool always(const Product&) { return true; }
+
+constexpr Paths<Product, 4> kPaths{"int8", {{"few", fits_few}, {"tensor", fits_tensor}, {"wmma", fits_wmma}, {"any", always}}};
+
+// name: of a path, or "automatic" for the first that takes the product.
+const Path<Product>& choose(const char* name, const Product& product) {
+  return std::strcmp(name, "automatic") ? kPaths.named(name, product) : kPaths.first(product);
 }
 
+Tiled& tiled(const Path<Product>& path, std::int64_t rows) {
+  if (path.fits == always) return tiled_any;
+  if (path.fits == fits_wmma) return rows <= wmma_few.rows ? wmma_few : wmma_many;
+  return rows <= tensor_few.rows ? tensor_few : tensor_many;
+}
+
+// The names of the paths of int8_linear, or of int8_matmul, whose operands begin at multiples of 16 bytes; first the automatic one.
+std::vector<std::string> int8_paths(int ordinal, bool is_linear, std::int64_t rows, std::int64_t K) {
+  return kPaths.names({device(ordinal), is_linear, rows, K, true});
+}
+
+// ------------------------------------------------------------------------------------------------------------------ entry points
 // Codes and absmax of rows, and the mask of outlier columns; all zeros without a threshold.
 void quantize(const Call& call, int dtype, Address codes, Address absmax, Address mask, Address x, std::int64_t rows, std::int64_t K,
               float threshold) {
@@ -91,14 +130,15 @@ void int8_quantize_rows_cols(int device, Address stream, Address row_codes, Addr
   launch(call, quantize_columns_kernels[dtype], grid_of(ceil_div(K, 256), rows), column_codes, column_absmax, x, rows, K, threshold);
 }
 
-void int8_matmul(int device, Address stream, Address out, Address a, Address b, std::int64_t rows, std::int64_t N, std::int64_t K) {
+// path: "automatic", or one of those that int8_paths names.
+void int8_matmul(int device, Address stream, Address out, Address a, Address b, std::int64_t rows, std::int64_t N, std::int64_t K,
+                 const char* path) {
   Call call("int8_matmul", device, stream);
-  const bool tensor = on_tensor_cores(call.device, K, a, b);
-  const Tile tile = !tensor ? Tile{kAnyOutputs, kAnyRows} : rows <= 16 ? kFew : kMany;
-  Kernel& kernel = !tensor ? matmul_any_kernel : rows <= 16 ? matmul_few_kernel : matmul_many_kernel;
+  Tiled& tile = tiled(choose(path, {call.device, false, rows, K, a % 16 == 0 && b % 16 == 0}), rows);
   for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile.rows) {
     const std::int64_t count = std::min(rows - first, kMostGridRows * tile.rows);
-    launch(call, kernel, grid_of(ceil_div(N, tile.outputs), ceil_div(count, tile.rows)), out + 4 * first * N, a + first * K, b, count, N, K);
+    const Grid grid = grid_of(ceil_div(N, tile.outputs), ceil_div(count, tile.rows));
+    launch(call, tile.matmul, grid, out + 4 * first * N, a + first * K, b, count, N, K);
   }
 }
 
@@ -114,37 +154,32 @@ void int8_dequantize_rows(int device, Address stream, Address out, int dtype, Ad
   launch(call, dequantize_rows_kernels[dtype], grid_of(ceil_div(K, 256), rows), out, codes, absmax, rows, K);
 }
 
-// Whether a call is one kernel that quantizes x itself.
-bool fits_few(std::int64_t rows, std::int64_t K, Address codes) {
-  return rows <= 4 && K % 16 == 0 && codes % 16 == 0 && ((rows == 1 ? 1 : 4) + 2) * K <= static_cast<std::int64_t>(kFewBytes);
-}
-
 // Bytes that a call needs besides its arguments, in this order: codes of x, their absmax, the mask of outlier columns.
 std::int64_t codes_bytes(std::int64_t rows, std::int64_t K) { return ceil_div(rows * K, 16) * 16; }
 
 std::int64_t int8_linear_scratch(std::int64_t rows, std::int64_t K) { return codes_bytes(rows, K) + 4 * rows + K; }
 
+// path: "automatic", or one of those that int8_paths names.
 void int8_linear(int device, Address stream, Address out, int dtype, Address x, Address codes, Address absmax, Address bias,
-                 float threshold, std::int64_t rows, std::int64_t N, std::int64_t K, Address scratch) {
+                 float threshold, std::int64_t rows, std::int64_t N, std::int64_t K, Address scratch, const char* path) {
   Call call("int8_linear", device, stream);
   Linear linear{out, x, 0, codes, absmax, 0, bias, rows, N, K};
-  if (fits_few(rows, K, codes)) {
+  const Path<Product>& chosen = choose(path, {call.device, true, rows, K, codes % 16 == 0 && scratch % 16 == 0});
+  if (chosen.fits == fits_few) {
     Kernel& kernel = rows == 1 ? linear_one_kernels[dtype] : linear_four_kernels[dtype];
-    launch(call, kernel, {blocks_for(call, kernel, ceil_div(N, 2 * 16))}, linear, threshold);
+    launch_overlapping(call, kernel, {blocks_for(call, kernel, ceil_div(N, 2 * 16))}, linear, threshold);
     return;
   }
   const Address x_codes = scratch, x_absmax = scratch + codes_bytes(rows, K), mask = x_absmax + 4 * rows;
   quantize(call, dtype, x_codes, x_absmax, mask, x, rows, K, threshold);
-  const bool tensor = on_tensor_cores(call.device, K, x_codes, codes);
-  const Tile tile = !tensor ? Tile{kAnyOutputs, kAnyRows} : rows <= 16 ? kFew : kMany;
-  Kernel& kernel = !tensor ? linear_any_kernels[dtype] : rows <= 16 ? linear_few_kernels[dtype] : linear_many_kernels[dtype];
+  Tiled& tile = tiled(chosen, rows);
   linear.mask = threshold > 0 ? mask : 0;
   for (std::int64_t first = 0; first < rows; first += kMostGridRows * tile.rows) {
     linear.y = out + size_of(dtype) * first * N;
     linear.x = x + size_of(dtype) * first * K;
     linear.row_absmax = x_absmax + 4 * first;
     linear.rows = std::min(rows - first, kMostGridRows * tile.rows);
-    launch(call, kernel, grid_of(ceil_div(N, tile.outputs), ceil_div(linear.rows, tile.rows)), linear, x_codes + first * K);
+    launch(call, tile.linear[dtype], grid_of(ceil_div(N, tile.outputs), ceil_div(linear.rows, tile.rows)), linear, x_codes + first * K);
   }
 }
 
@@ -163,6 +198,7 @@ void int8_linear_transposed(int device, Address stream, Address out, int dtype, 
 void bind_int8(nanobind::module_& module) {
   module.def("int8_quantize_rows", &int8_quantize_rows, NoLock());
   module.def("int8_quantize_rows_cols", &int8_quantize_rows_cols, NoLock());
+  module.def("int8_paths", &int8_paths);
   module.def("int8_matmul", &int8_matmul, NoLock());
   module.def("int8_matmul_dequant", &int8_matmul_dequant, NoLock());
   module.def("int8_dequantize_rows", &int8_dequantize_rows, NoLock());

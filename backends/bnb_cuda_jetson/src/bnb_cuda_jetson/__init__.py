@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional, Sequence, Tuple
 
 from bnb_core.backends import Backend, hookimpl
+from bnb_core.backends.tuning import Tuning
 from bnb_cuda_jetson.availability import available, describe
 
 __version__ = "0.1.0"
@@ -22,3 +23,11 @@ __all__ = ["CudaError", "backend", "blockwise", "embedding", "four_bit", "gemm_4
 def bnb_backends() -> List[Backend]:
     """Provide the backend."""
     return [backend]
+
+
+@hookimpl
+def bnb_tune(device: Optional[str], shapes: Sequence[Tuple[int, int]]) -> Tuning:
+    """Provide what `bnb tune` measures."""
+    from bnb_cuda_jetson import tuning
+
+    return tuning.tuning(device, shapes)

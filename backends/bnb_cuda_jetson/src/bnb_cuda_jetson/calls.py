@@ -18,6 +18,9 @@ DTYPES = {dtype: number for number, dtype in enumerate(FLOATS)}
 #: Return the address of torch's current stream on a device. Builds of torch without CUDA have none, and no CUDA tensors either.
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
+#: The addresses and the blocksize of nested statistics where there are none.
+NOT_NESTED = (0, 0, 0, 1)
+
 
 def kernel(
     op: str, dtypes: Iterable[torch.dtype] = FLOATS, scratch: Optional[Callable[[Call], int]] = None
@@ -27,9 +30,9 @@ def kernel(
 
 
 def nested_addresses(nested: Optional[Nested]) -> Tuple[int, int, int, int]:
-    """Return the addresses of nested statistics and their blocksize; zeros and 1 without."""
+    """Return the addresses of nested statistics and their blocksize."""
     if nested is None:
-        return 0, 0, 0, 1
+        return NOT_NESTED
     return nested.absmax.data_ptr(), nested.codebook.data_ptr(), nested.offset.data_ptr(), nested.blocksize
 
 

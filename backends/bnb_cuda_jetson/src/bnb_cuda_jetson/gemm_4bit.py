@@ -8,36 +8,27 @@ import torch
 
 from bnb_core.backends import Call
 from bnb_core.ops.spec import Nested
-from bnb_cuda_jetson import _native, panels
-from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel, nested_addresses
-
-#: The native module chooses the kernel; its `gemm_4bit_paths` names what else may stand here.
-_PATH = "automatic"
-#: Rows of x from which a product may need scratch memory; for fewer, asking would cost more than the answer.
-_SCRATCH_FROM = 17
-
-
-def _panel_size(x: torch.Tensor, packed: torch.Tensor, blocksize: int, N: int, K: int, transposed: bool) -> int:
-    """Return the size of panels, or 0 to multiply by the codes themselves."""
-    if x.dtype != torch.bfloat16 or packed.data_ptr() % 4:
-        return 0
-    return panels.panel_size(x.get_device(), x.numel() // (N if transposed else K), N, K, blocksize, transposed)
+from bnb_cuda_jetson import _native, panels, paths
+from bnb_cuda_jetson.calls import DTYPES, NOT_NESTED, current_stream, kernel, nested_addresses
+from bnb_cuda_jetson.choice import Choice, choose, choose_transposed
 
 
 def _scratch(call: Call) -> int:
-    M = call.x.numel() // call.K
-    if M < _SCRATCH_FROM:
+    x = call.x
+    M = x.numel() // x.size(-1)  # which is K, but faster to have than call.K
+    if M < paths.FEWEST_MANY:  # to ask would cost more than the answer
         return 0
-    size = _panel_size(call.x, call.packed, call.blocksize, call.N, call.K, transposed=False)
-    if size:
-        return 2 * size * int(call.K)
-    product = call.x.get_device(), DTYPES[call.x.dtype], M, call.N, call.K, call.blocksize, call.nested is not None
-    sums: int = _native.gemm_4bit_scratch(*product, _PATH)
-    return sums
+    nested = call.nested
+    nested_blocksize, alignment = 0 if nested is None else nested.blocksize, (x.data_ptr() | call.packed.data_ptr()) % 16
+    return choose(x.get_device(), DTYPES[x.dtype], M, call.N, call.K, call.blocksize, nested_blocksize, alignment).scratch
 
 
 def _scratch_transposed(call: Call) -> int:
-    return 2 * int(call.N) * _panel_size(call.g, call.packed, call.blocksize, call.N, call.K, transposed=True)
+    return _choice_transposed(call.g, call.packed, call.blocksize, call.N, call.K).scratch
+
+
+def _choice_transposed(g: torch.Tensor, packed: torch.Tensor, blocksize: int, N: int, K: int) -> Choice:
+    return choose_transposed(g.get_device(), DTYPES[g.dtype], g.numel() // N, N, K, blocksize, packed.data_ptr() % 16)
 
 
 @kernel("gemm_4bit", scratch=_scratch)
@@ -56,29 +47,28 @@ def gemm_4bit(
     scratch: torch.Tensor,
 ) -> None:
     """Fill `out` with x W^T + bias."""
-    M = x.numel() // K
-    size = _panel_size(x, packed, blocksize, N, K, transposed=False) if M >= panels.FEWEST_ROWS else 0
-    if size:
-        panels.multiply(x, packed, absmax, codebook, blocksize, N, K, bias, nested, False, size, out, scratch)
+    device, dtype, M, rows, codes = x.get_device(), DTYPES[x.dtype], x.numel() // K, x.data_ptr(), packed.data_ptr()
+    path, lines, _ = choose(device, dtype, M, N, K, blocksize, 0 if nested is None else nested.blocksize, (rows | codes) % 16)
+    if lines:
+        panels.multiply(x, packed, absmax, codebook, blocksize, N, K, bias, nested, False, lines, out, scratch)
         return
-    device = x.get_device()
     _native.gemm_4bit(
         device,
         current_stream(device),
         out.data_ptr(),
-        DTYPES[x.dtype],
-        x.data_ptr(),
+        dtype,
+        rows,
         M,
-        packed.data_ptr(),
+        codes,
         absmax.data_ptr(),
         codebook.data_ptr(),
         blocksize,
         N,
         K,
-        address(bias),
-        *nested_addresses(nested),
+        0 if bias is None else bias.data_ptr(),
+        *(NOT_NESTED if nested is None else nested_addresses(nested)),
         scratch.data_ptr(),
-        _PATH,
+        path,
     )
 
 
@@ -97,9 +87,9 @@ def gemm_4bit_transposed(
     scratch: torch.Tensor,
 ) -> None:
     """Fill `out` with g W."""
-    size = _panel_size(g, packed, blocksize, N, K, transposed=True)
-    if size:
-        panels.multiply(g, packed, absmax, codebook, blocksize, N, K, None, nested, True, size, out, scratch)
+    choice = _choice_transposed(g, packed, blocksize, N, K)
+    if choice.lines:
+        panels.multiply(g, packed, absmax, codebook, blocksize, N, K, None, nested, True, choice.lines, out, scratch)
         return
     device = g.get_device()
     _native.gemm_4bit_transposed(

@@ -10,6 +10,9 @@ from bnb_core.backends import Call
 from bnb_cuda_jetson import _native
 from bnb_cuda_jetson.calls import DTYPES, address, current_stream, kernel
 
+#: The native module chooses the kernel; its `int8_paths` names what else may stand here.
+_PATH = "automatic"
+
 
 @kernel("int8_quantize_rows")
 def int8_quantize_rows(x: torch.Tensor, threshold: float, *, out: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -37,7 +40,7 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
     """Fill `out` with a b^T."""
     device = a.get_device()
     M, K = a.shape
-    _native.int8_matmul(device, current_stream(device), out.data_ptr(), a.data_ptr(), b.data_ptr(), M, b.shape[0], K)
+    _native.int8_matmul(device, current_stream(device), out.data_ptr(), a.data_ptr(), b.data_ptr(), M, b.shape[0], K, _PATH)
 
 
 @kernel("int8_matmul_dequant")
@@ -107,6 +110,7 @@ def int8_linear(
         N,
         K,
         scratch.data_ptr(),
+        _PATH,
     )
 
 
