@@ -27,8 +27,10 @@ PARTS = {"cortex-a72": (0x41, 0xD08), "a64fx": (0x46, 0x001), "cortex-a76": (0x4
 PACKAGES = (
     "torch", "filelock", "typing_extensions", "sympy", "networkx", "jinja2", "fsspec", "mpmath", "markupsafe", "numpy",
     "pluggy", "click", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors", "tokenizers",
-    "pytest", "iniconfig", "packaging", "hypothesis", "sortedcontainers",
+    "pytest", "iniconfig", "packaging", "hypothesis", "sortedcontainers", "attrs",
 )  # fmt: skip
+#: The last hypothesis that does not read the sources of all modules, which takes seconds in emulation.
+HYPOTHESIS = "6.113.0"
 #: The last versions for Python 3.9, of packages that have newer ones, and what it needs besides. pip would look this up itself, but
 #: not every index tells it which Python a version is for.
 FOR_PYTHON_39 = {
@@ -49,9 +51,9 @@ class Release(NamedTuple):
 
 RELEASES = {
     # The newest torch whose aarch64 wheel comes without CUDA.
-    "3.13": Release("trixie", "3.13", {"torch": "2.10.0"}),
+    "3.13": Release("trixie", "3.13", {"torch": "2.10.0", "hypothesis": HYPOTHESIS}),
     # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
-    "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
+    "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", "hypothesis": HYPOTHESIS, **FOR_PYTHON_39}),
 }
 
 

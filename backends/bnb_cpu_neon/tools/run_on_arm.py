@@ -51,7 +51,8 @@ def run_tests(arm: EmulatedArm, machine: Machine, folder: Path, *arguments: str)
         RuntimeError: a test failed, or was skipped.
     """
     log, report = folder / f"{machine.cpu}.log", folder / f"{machine.cpu}.xml"
-    test = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--bnb-strict", f"--junit-xml={report}", str(TESTS))
+    plugins = ("-p", "no:cacheprovider", "-p", "no:logging")
+    test = ("-m", "pytest", "-q", *plugins, "-W", "ignore", "--bnb-strict", f"--junit-xml={report}", str(TESTS))
     expected = {"BNB_NEON_EXPECTED_TIER": machine.tier, "BNB_NEON_EXPECTED_CORE": machine.core}
     environment = {"BNB_BACKEND": "neon", "BNB_FALLBACK": "never", **expected}
     started = time.monotonic()
