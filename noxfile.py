@@ -289,13 +289,25 @@ def cuda_wheels(session: nox.Session) -> None:
         session.run("python", f"{CUDA}/tools/check_wheel.py", wheel, *architectures)
 
 
-@nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
-def arm(session: nox.Session) -> None:
-    """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
+def run_on_arm(session: nox.Session, *options: str) -> None:
+    """Build the pure Python wheels, and run tests of the NEON backend's wheels in dist/ on emulated aarch64 CPUs."""
     session.install("build", "hatchling")
     for package in PACKAGES:
-        session.run("python", "-m", "build", "--wheel", "--outdir", str(ROOT / "dist"), package, silent=True)
-    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+        session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(ROOT / "dist"), package, silent=True)
+    folder = Path(session.cache_dir) / "arm"  # kept between runs, for every session
+    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), str(folder), *options, *session.posargs)
+
+
+@nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
+def arm(session: nox.Session) -> None:
+    """Run two of the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
+    run_on_arm(session)
+
+
+@nox.session(name="arm-pythons", requires=["neon-wheels-3.8", "neon-wheels-3.10", "neon-wheels-3.11"])
+def arm_pythons(session: nox.Session) -> None:
+    """Run the NEON backend's other wheels, in the Pythons that they are for, through some of its tests on emulated aarch64 CPUs."""
+    run_on_arm(session, "--other-pythons")
 
 
 @nox.session
