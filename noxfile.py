@@ -159,7 +159,7 @@ def build_pure(session: nox.Session, dist: Path, *packages: str) -> None:
     """Build the wheels and source distributions of packages that have no native code into a folder."""
     session.install("build", "hatchling")
     for package in packages:
-        session.run("python", "-m", "build", "--wheel", "--sdist", "--outdir", str(dist), package, silent=True)
+        session.run("python", "-m", "build", "--wheel", "--sdist", "--no-isolation", "--outdir", str(dist), package, silent=True)
 
 
 @nox.session
@@ -344,11 +344,23 @@ def wheels(session: nox.Session) -> None:
         session.log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
 
 
+def run_on_arm(session: nox.Session, *options: str) -> None:
+    """Build the pure Python wheels, and run tests of the NEON backend's wheels in dist/ on emulated aarch64 CPUs."""
+    build_pure(session, ROOT / "dist", *PACKAGES)
+    folder = Path(session.cache_dir) / "arm"  # kept between runs, for every session
+    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), str(folder), *options, *session.posargs)
+
+
 @nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
-    """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
-    build_pure(session, ROOT / "dist", *PACKAGES)
-    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+    """Run two of the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
+    run_on_arm(session)
+
+
+@nox.session(name="arm-pythons", requires=["neon-wheels-3.8", "neon-wheels-3.10", "neon-wheels-3.11"])
+def arm_pythons(session: nox.Session) -> None:
+    """Run the NEON backend's other wheels, in the Pythons that they are for, through some of its tests on emulated aarch64 CPUs."""
+    run_on_arm(session, "--other-pythons")
 
 
 @nox.session
