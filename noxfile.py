@@ -159,7 +159,7 @@ def build_pure(session: nox.Session, dist: Path, *packages: str) -> None:
     """Build the wheels and source distributions of packages that have no native code into a folder."""
     session.install("build", "hatchling")
     for package in packages:
-        session.run("python", "-m", "build", "--wheel", "--sdist", "--outdir", str(dist), package, silent=True)
+        session.run("python", "-m", "build", "--wheel", "--sdist", "--no-isolation", "--outdir", str(dist), package, silent=True)
 
 
 @nox.session
@@ -228,6 +228,7 @@ def gpu(session: nox.Session) -> None:
     parser.add_argument("--wheels", metavar="FOLDER", help="install the packages from wheels there; without, from their sources")
     parser.add_argument("--select", metavar="WORDS", help="pytest's -k, for conformance and sanitizers")
     parser.add_argument("--every", default="23", help="of a test's cases, sanitizers run one in so many (default: %(default)s)")
+    parser.add_argument("--minutes", default="20", help="that each of the sanitizers may take (default: %(default)s)")
     parser.add_argument("--store", metavar="DEVICE", help="write figures to benchmarks/results/gpu_BENCHMARK_DEVICE.json")
     options = parser.parse_args(session.posargs)
     parts = options.parts or GPU_PARTS
@@ -244,9 +245,10 @@ def gpu(session: nox.Session) -> None:
     session.install(*RUNTIME, "pytest>=7", "pytest-xdist", "hypothesis", "bitsandbytes==0.50.2")
 
     session.run("python", "-c", "from bnb_core import backends; backends.get_backend('jetson')")  # says what is missing
-    # As modules: pytest may be one that torch came with. And away from the sources, which would be imported.
+    # As modules: pytest may be one that torch came with, and pytest-benchmark too, which warns of pytest-xdist. And away from the
+    # sources, which would be imported.
     session.chdir(session.create_tmp())
-    pytest = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+    pytest = ["-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:benchmark"]
     conformance = ["--pyargs", "bnb_core.testing.conformance", "--bnb-backend", "jetson", "--bnb-device", "cuda", "--bnb-strict"]
     conformance += ["-k", options.select] if options.select else []
     strict = {"BNB_FALLBACK": "never", "OMP_NUM_THREADS": "1"}
@@ -257,7 +259,8 @@ def gpu(session: nox.Session) -> None:
     if "sanitizers" in parts:
         # The whole suite takes hours there.
         sample = ["-q", "-n", "4", *conformance, "--bnb-every", options.every]
-        session.run("python", str(ROOT / CUDA / "tools/sanitize.py"), *pytest[2:], *sample, env=strict)
+        limit = ["--minutes", options.minutes]
+        session.run("python", str(ROOT / CUDA / "tools/sanitize.py"), *limit, *pytest[2:], *sample, env=strict)
     for benchmark in GPU_BENCHMARKS:
         if "benchmarks" in parts or benchmark in parts:
             output = ROOT / f"benchmarks/results/gpu_{benchmark}_{options.store}.json"
@@ -341,11 +344,23 @@ def wheels(session: nox.Session) -> None:
         session.log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
 
 
+def run_on_arm(session: nox.Session, *options: str) -> None:
+    """Build the pure Python wheels, and run tests of the NEON backend's wheels in dist/ on emulated aarch64 CPUs."""
+    build_pure(session, ROOT / "dist", *PACKAGES)
+    folder = Path(session.cache_dir) / "arm"  # kept between runs, for every session
+    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), str(folder), *options, *session.posargs)
+
+
 @nox.session(requires=["neon-wheels-3.9", "neon-wheels-3.12"])
 def arm(session: nox.Session) -> None:
-    """Run the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
-    build_pure(session, ROOT / "dist", *PACKAGES)
-    session.run("python", f"{NEON}/tools/run_on_arm.py", str(ROOT / "dist"), session.create_tmp(), *session.posargs)
+    """Run two of the NEON backend's wheels through all its tests on emulated aarch64 CPUs (needs Debian's qemu-user-static)."""
+    run_on_arm(session)
+
+
+@nox.session(name="arm-pythons", requires=["neon-wheels-3.8", "neon-wheels-3.10", "neon-wheels-3.11"])
+def arm_pythons(session: nox.Session) -> None:
+    """Run the NEON backend's other wheels, in the Pythons that they are for, through some of its tests on emulated aarch64 CPUs."""
+    run_on_arm(session, "--other-pythons")
 
 
 @nox.session

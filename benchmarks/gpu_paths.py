@@ -9,6 +9,7 @@ time is the median over replays of a CUDA graph whose weights take turns, so tha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any, Dict, List, Tuple
 
 import gpu_timing
 import torch
-from bnb_cuda_jetson import _native, cost, paths
+from bnb_cuda_jetson import _native, cost
 from bnb_cuda_jetson import tuning as products
 from bnb_cuda_jetson.calls import DTYPES
 from bnb_cuda_jetson.choice import choose, estimates
@@ -44,32 +45,22 @@ HOPELESS = 6.0
 REPLAYS = 15
 
 
-def choice(dtype: torch.dtype, M: int, N: int, K: int) -> str:
+def choice(dtype: torch.dtype, M: int, N: int, K: int, nested: bool) -> str:
     """Name the path that a call takes."""
-    return choose(0, DTYPES[dtype], M, N, K, products.BLOCKSIZE, 0, 0).path
+    return choose(0, DTYPES[dtype], M, N, K, products.BLOCKSIZE, products.NESTED_BLOCKSIZE * nested, 0).path
 
 
 def measure(dtype: torch.dtype, shapes: Tuple[Tuple[int, int], ...]) -> List[Dict[str, Any]]:
-    """Time all paths of all shapes, and note what the estimates say and choose."""
+    """Time all paths of all shapes, with plain and with nested scales, and note what the estimates say."""
     rows = []
     for N, K in shapes:
         weights = products.make_weights(0, N, K)
-        for M in ROWS:
-            number = DTYPES[dtype]
-            possible = paths.possible(0, number, M, N, K, products.BLOCKSIZE, 0, 0)
-            estimated = estimates(0, number, M, N, K, products.BLOCKSIZE, possible)
-            worth = [path for path in possible if estimated[path] <= HOPELESS * min(estimated.values())]
-            times = products.time_paths(0, dtype, M, N, K, worth, weights, REPLAYS)
-            rows.append(
-                {
-                    "dtype": str(dtype),
-                    "N": N,
-                    "K": K,
-                    "M": M,
-                    "microseconds": times,
-                    "estimated": {path: estimated[path] for path in worth},
-                }
-            )
+        for M, nested in itertools.product(ROWS, (False, True)):
+            likely = products.likely_paths(0, dtype, M, N, K, nested, HOPELESS)
+            times = products.time_paths(0, dtype, M, N, K, nested, likely, weights, REPLAYS)
+            estimated = estimates(0, DTYPES[dtype], M, N, K, products.BLOCKSIZE, nested, likely)
+            case = {"dtype": str(dtype), "N": N, "K": K, "M": M, "nested": nested}
+            rows.append({**case, "microseconds": times, "estimated": estimated})
     return rows
 
 
@@ -77,7 +68,8 @@ def judge(rows: List[Dict[str, Any]], name: str) -> float:
     """Add what is chosen now, and its time by the fastest; return the largest ratio."""
     for row in rows:
         times = row["microseconds"]
-        chosen = choice(getattr(torch, row["dtype"].replace("torch.", "")), row["M"], row["N"], row["K"])
+        dtype = getattr(torch, row["dtype"].replace("torch.", ""))
+        chosen = choice(dtype, row["M"], row["N"], row["K"], row["nested"])
         row[name] = {"path": chosen, "to_the_fastest": times[chosen] / min(times.values())}
     return max(row[name]["to_the_fastest"] for row in rows)
 
@@ -95,7 +87,8 @@ def show(row: Dict[str, Any]) -> str:
     """Say what was measured of a shape in a line."""
     times = "  ".join(f"{path} {took:8.2f} ({row['estimated'][path]:8.2f})" for path, took in row["microseconds"].items())
     marks = "  ".join(f"{row[name]['path']} {row[name]['to_the_fastest']:.2f}" for name in ("by estimate", "by table"))
-    return f"{row['dtype'][6:]:8} {row['N']:6}x{row['K']:<5} M={row['M']:<4} {marks:32} {times}"
+    scales = "nested" if row["nested"] else ""
+    return f"{row['dtype'][6:]:8} {row['N']:6}x{row['K']:<5} {scales:6} M={row['M']:<4} {marks:32} {times}"
 
 
 def main() -> None:

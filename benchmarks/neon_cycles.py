@@ -44,6 +44,7 @@ FMA = {r"fmla\s+v\d+\.4s": 4.0}
 LOOK_UP = {r"tbl\s+v\d+\.16b": 4.0}  # a fourth of the bytes of 16 weights
 SDOT = {r"sdot\s+v\d+\.4s": 16.0}
 SMMLA = {r"smmla\s+v\d+\.4s": 32.0}
+SCALING = {r"fmul\s+v\d+\.4s": 4.0}
 WIDENING = {r"sml[as]l2?\s+v\d+\.8h|smull2?\s+v\d+\.8h": 8.0}
 
 LOOPS = (
@@ -55,6 +56,7 @@ LOOPS = (
     Loop("int8_matmul, 1 row", "dotprod", "int8_matmul/dotprod", r"multiply_row", SDOT),
     Loop("int8_matmul, 8 rows", "dotprod", "int8_matmul/dotprod", r"multiplyEPKa", SDOT, 8),
     Loop("int8_matmul, 8 rows", "i8mm", "int8_matmul/i8mm", r"multiplyEPKa", SMMLA, 8),
+    Loop("dequantize_blockwise, mirrored codebook", "baseline", "dequantize_blockwise", r"clIfE.*clEll", SCALING),
 )
 
 

@@ -94,7 +94,8 @@ No Jetson was at hand: **this section is a prediction.** To fill its memory's ba
 bytes in a clock, reads and writes counted. So what decides is not how many bytes a kernel moves in a second on an {device}, but
 how many each multiprocessor takes in a clock where memory does not hold it up. That is measured with inputs that lie in the L2
 cache (`python benchmarks/gpu_resident.py`); from memory, a multiprocessor of the {device} gets {most:.1f} bytes a clock at most.
-Of the dequantizers that figure is a lower bound, since a launch takes as long as they do; the two columns are of different runs.
+Where that is the smaller of the two it is a lower bound: of a call whose tensors fit into the cache, the launch, its tables and the
+wait for the last threads are a large part.
 
 The prediction is the smaller of {reachable:.0%}, which is what a copy reaches on AGX Xavier, and of what the kernel takes from the
 cache in relation to what is needed. It assumes that

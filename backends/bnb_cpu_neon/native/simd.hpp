@@ -120,6 +120,14 @@ inline uint32x4_t put_above(uint32x4_t low, uint32x4_t high) {
 #endif
 }
 
+/// 16 float32 numbers, in order, of which each argument has one byte; the lowest first.
+BNB_INLINE inline float32x4x4_t join_bytes(uint8x16_t byte0, uint8x16_t byte1, uint8x16_t byte2, uint8x16_t byte3) {
+    const uint16x8_t low0 = vreinterpretq_u16_u8(vzip1q_u8(byte0, byte1)), low1 = vreinterpretq_u16_u8(vzip2q_u8(byte0, byte1));
+    const uint16x8_t high0 = vreinterpretq_u16_u8(vzip1q_u8(byte2, byte3)), high1 = vreinterpretq_u16_u8(vzip2q_u8(byte2, byte3));
+    return {{vreinterpretq_f32_u16(vzip1q_u16(low0, high0)), vreinterpretq_f32_u16(vzip2q_u16(low0, high0)),
+             vreinterpretq_f32_u16(vzip1q_u16(low1, high1)), vreinterpretq_f32_u16(vzip2q_u16(low1, high1))}};
+}
+
 /// Keeps the compiler from loading what `next` points to before it has computed `done`: it would overlap more than the registers
 /// hold, and spill. The CPU, which has more of them, sees nothing of it.
 template <class Vector, class Element>
@@ -128,6 +136,32 @@ BNB_INLINE inline void load_after(const Vector &done, const Element *&next) {
     asm("" : "+r"(next) : "w"(done));
 #else
     (void)done, (void)next;
+#endif
+}
+
+/// Keeps loads and stores before it apart from those after it, and scalars that are copied out of vector registers.
+BNB_INLINE inline void keep_order() {
+#if defined(__aarch64__)
+    asm volatile("" : : : "memory");
+#endif
+}
+
+// What these are given, the compiler takes for another value, which it knows nothing of.
+
+BNB_INLINE inline void hide(uint8x16_t &value) {
+#if defined(__aarch64__)
+    asm("" : "+w"(value));
+#else
+    (void)value;
+#endif
+}
+
+template <class Element>
+BNB_INLINE inline void hide(Element *&pointer) {
+#if defined(__aarch64__)
+    asm("" : "+r"(pointer));
+#else
+    (void)pointer;
 #endif
 }
 

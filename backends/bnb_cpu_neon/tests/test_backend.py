@@ -1,8 +1,6 @@
 """The backend as the core sees it: complete, in the tier that the CPU has, and usable from any thread and after a fork."""
 
 import os
-import subprocess
-import sys
 
 import bnb_cpu_neon
 import pytest
@@ -17,12 +15,6 @@ from bnb_core.ops.spec import OPS
 @pytest.fixture(autouse=True)
 def _neon(_clean_backends):
     backends.set_backend("neon")
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def weight(rows=64, columns=64):
@@ -44,21 +36,21 @@ def test_best_tier_is_used(monkeypatch):
 
 
 @pytest.mark.parametrize("tier", [tier for tier in TIERS if not this_cpu().lacks(tier)])
-def test_doctor_names_core_features_tier_and_threads(tier):
+def test_doctor_names_core_features_tier_and_threads(run_python, tier):
     result = run_python("from bnb_core.cli import main; main(['doctor'])", BNB_NEON_FEATURES=tier, BNB_BACKEND="neon")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     cpu, threads = this_cpu(), torch.get_num_threads()
     core = os.environ.get("BNB_NEON_EXPECTED_CORE", cpu.core)
     on = f"{core}, {' '.join(sorted(cpu.features))}" if cpu.architecture == "aarch64" else "NEON emulated on x86_64"
-    assert f"{on}, tier {tier}, {threads} thread{'s' if threads > 1 else ''}" in result.stdout
+    assert f"{on}, tier {tier}, {threads} thread{'s' if threads > 1 else ''}" in result.output
 
 
-def test_unknown_tier_makes_the_backend_unavailable():
+def test_unknown_tier_makes_the_backend_unavailable(run_python):
     result = run_python("import bnb_core.backends as b; b.get_backend('neon')", BNB_NEON_FEATURES="avx")
-    assert "BNB_NEON_FEATURES='avx' is not one of baseline, dotprod, i8mm" in result.stderr
+    assert "BNB_NEON_FEATURES='avx' is not one of baseline, dotprod, i8mm" in result.output
 
 
-def test_native_module_is_not_loaded_before_the_cpu_was_looked_at():
+def test_native_module_is_not_loaded_before_the_cpu_was_looked_at(run_python):
     code = "import sys, bnb_cpu_neon; assert 'bnb_cpu_neon._native' not in sys.modules"
     assert run_python(code).returncode == 0
 
@@ -69,7 +61,7 @@ def test_another_versions_native_module_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_after_fork():
+def test_after_fork(run_python):
     code = """
 import os, torch
 from bnb_core import ops
@@ -85,7 +77,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 """
     result = run_python(code, BNB_BACKEND="neon")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
 
 
 def test_results_do_not_depend_on_threads():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import torch
 
 from bnb_core import backends
@@ -14,15 +17,16 @@ from bnb_core.cli.demo.sentences import QUERIES, SENTENCES
 LEAST = {"fp32": (1, 1), "int8": (0.998, 0.9995), "nf4": (0.97, 1), "nf4-nested": (0.97, 1), "fp4": (0.93, 1)}
 ROUNDING = 1e-6
 #: Few, for machines that emulate the CPU.
-TEXT = [*SENTENCES[:2], *QUERIES[:1]]
+TEXT = [*SENTENCES[:1], *QUERIES[:1]]
 
 
 def test_embeddings_in_each_format():
     encoder = MiniLM.installed(torch.device("cpu"))
+    loaded = encoder.load()
     inputs = encoder.prepare(TEXT)
     similarities, original = {}, None
     with backends.use_backend("neon"), torch.no_grad():
-        for model, facts in in_each_format(encoder.load, encoder.device):
+        for model, facts in in_each_format(partial(copy.deepcopy, loaded), encoder.device):
             embeddings = encoder.embed(model, inputs)
             with backends.use_backend("reference"):
                 expected = encoder.embed(model, inputs)

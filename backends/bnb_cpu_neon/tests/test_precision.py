@@ -1,8 +1,5 @@
 """The fast precision: what it computes, to the rounding, and that nothing uses it unasked."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import bnb_cpu_neon
@@ -279,15 +276,8 @@ def test_unknown_precision_in_the_environment(monkeypatch):
         backends.get_backend("neon")
 
 
-def test_environment():
+def test_environment(run_python):
     code = "import bnb_cpu_neon; from bnb_core.cli import main; main(['doctor'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "BNB_BACKEND": "neon", "BNB_NEON_PRECISION": "fast"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "fast precision" in result.stdout, result.stderr
+    result = run_python(code, BNB_BACKEND="neon", BNB_NEON_PRECISION="fast")
+    assert "fast precision" in result.output
     assert "exact precision" in bnb_cpu_neon.backend.description

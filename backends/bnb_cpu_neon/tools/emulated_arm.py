@@ -23,35 +23,50 @@ EMULATOR, EMULATOR_WITH_PLUGINS = "qemu-aarch64-static", "qemu-aarch64"
 PARTS = {"cortex-a72": (0x41, 0xD08), "a64fx": (0x46, 0x001), "cortex-a76": (0x41, 0xD0B), "max": (0x00, 0x051)}
 
 #: torch and what a test run needs besides the packages of this repository. Spelled out, because pip evaluates the dependencies of
-#: another platform for its own, where torch asks for gigabytes of CUDA.
+#: another platform for its own, where torch asks for gigabytes of CUDA. Later versions of hypothesis read the sources of all
+#: modules, which takes seconds in emulation.
 PACKAGES = (
     "torch", "filelock", "typing_extensions", "sympy", "networkx", "jinja2", "fsspec", "mpmath", "markupsafe", "numpy",
     "pluggy", "click", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors", "tokenizers",
-    "pytest", "iniconfig", "packaging", "hypothesis", "sortedcontainers",
+    "pytest", "iniconfig", "packaging", "hypothesis==6.113.0", "sortedcontainers", "attrs",
 )  # fmt: skip
-#: The last versions for Python 3.9, of packages that have newer ones, and what it needs besides. pip would look this up itself, but
-#: not every index tells it which Python a version is for.
+#: For an older Python, the last versions of packages that have newer ones, and what it needs besides. pip would look this up
+#: itself, but not every index tells it which Python a version is for.
+FOR_PYTHON_310 = {"numpy": "2.2.6", "networkx": "3.4.2", "exceptiongroup": "1.3.1", "tomli": "2.4.0"}
 FOR_PYTHON_39 = {
-    "click": "8.1.8", "filelock": "3.19.1", "fsspec": "2025.10.0", "iniconfig": "2.1.0", "markdown-it-py": "3.0.0",
-    "networkx": "3.2.1", "pytest": "8.4.2", "importlib_metadata": "8.7.0", "zipp": "3.23.0", "attrs": "25.4.0",
-    "exceptiongroup": "1.3.1", "tomli": "2.4.0",
+    **FOR_PYTHON_310,
+    "numpy": "2.0.2", "click": "8.1.8", "filelock": "3.19.1", "fsspec": "2025.10.0", "iniconfig": "2.1.0",
+    "markdown-it-py": "3.0.0", "networkx": "3.2.1", "pytest": "8.4.2", "importlib_metadata": "8.7.0", "zipp": "3.23.0",
+    "attrs": "25.4.0",
+}  # fmt: skip
+FOR_PYTHON_38 = {
+    **FOR_PYTHON_39,
+    "numpy": "1.24.4", "filelock": "3.16.1", "fsspec": "2025.3.0", "networkx": "3.1", "pytest": "8.3.5", "pluggy": "1.5.0",
+    "importlib_metadata": "8.5.0", "zipp": "3.20.2", "attrs": "25.3.0", "sympy": "1.13.3", "jinja2": "3.1.6", "markupsafe": "2.1.5",
+    "typing_extensions": "4.13.2", "packaging": "25.0", "pygments": "2.19.2", "rich": "14.0.0", "safetensors": "0.5.3",
+    "tokenizers": "0.20.3",
 }  # fmt: skip
 
 
 class Release(NamedTuple):
-    """A Debian release with a Python to test on."""
+    """A Debian release, and a Python to test on there."""
 
     suite: str
     python: str
     versions: Dict[str, str]
     """Of packages that are not to be the newest."""
+    cx_freeze: str = ""
+    """Where Debian does not have that Python: a version of cx_Freeze whose launcher is one, all but the standard library."""
 
 
 RELEASES = {
     # The newest torch whose aarch64 wheel comes without CUDA.
     "3.13": Release("trixie", "3.13", {"torch": "2.10.0"}),
+    "3.11": Release("bookworm", "3.11", {"torch": "2.10.0"}),
+    "3.10": Release("bookworm", "3.10", {"torch": "2.10.0", **FOR_PYTHON_310}, "6.15.16"),
     # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
     "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
+    "3.8": Release("bullseye", "3.8", {"torch": "2.4.1", **FOR_PYTHON_38}, "6.15.5"),
 }
 
 
@@ -91,12 +106,15 @@ class EmulatedArm:
 
     def install(self, *packages: str) -> None:
         """Install wheels or packages, without their dependencies, in place of what is there of them."""
+        self._install_into(self.site, *packages)
+
+    def _install_into(self, folder: Path, *packages: str) -> None:
         tag = "cp" + self.release.python.replace(".", "")
         systems = ("manylinux_2_28", "manylinux_2_24", "manylinux2014", "manylinux_2_17")
         platforms = [f"--platform={system}_aarch64" for system in systems]
         abis = [f"--abi={abi}" for abi in (tag, "abi3", "none")]
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--only-binary=:all:"]
-        target = [f"--target={self.site}", "--implementation=cp", f"--python-version={self.release.python}"]
+        target = [f"--target={folder}", "--implementation=cp", f"--python-version={self.release.python}"]
         subprocess.run([*command, *platforms, *abis, *target, *packages], check=True)
 
     def run(
@@ -122,6 +140,8 @@ class EmulatedArm:
             CalledProcessError: it failed.
         """
         emulator = {"QEMU_CPU": cpu, "QEMU_LD_PREFIX": str(self._prefix(cpu)), "BNB_EMULATOR": EMULATOR}
+        if self.release.cx_freeze:
+            emulator["QEMU_PAGESIZE"] = "65536"  # the launcher's segments are laid out for that
         if plugin:
             emulator.update(QEMU_PLUGIN=plugin, QEMU_LOG="plugin", BNB_EMULATOR=EMULATOR_WITH_PLUGINS)
         guest = {"PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": str(self.site), **ENVIRONMENT, **(environment or {})}
@@ -184,13 +204,33 @@ class EmulatedArm:
         }
         command = ["apt-get", "--quiet=2"] + [f"-o{name}={value}" for name, value in options.items()]
         subprocess.run([*command, "update"], check=True)
-        packages = [f"python{self.release.python}", "libgomp1", "libstdc++6", "libcrypt1"]
+        python = "libc6" if self.release.cx_freeze else f"python{self.release.python}"
+        packages = [python, "zlib1g", "libgomp1", "libstdc++6", "libcrypt1"]
         subprocess.run([*command, "--yes", "--download-only", "--no-install-recommends", "install", *packages], check=True)
         self.root.mkdir(exist_ok=True)
         for archive in sorted((apt / "archives").glob("*.deb")):
             subprocess.run(["dpkg", "-x", str(archive), str(self.root)], check=True)
         if not (self.root / "lib").exists():  # a merged /usr, whose links no package holds
             (self.root / "lib").symlink_to("usr/lib")
+        if self.release.cx_freeze:
+            self._make_frozen_python()
+
+    def _make_frozen_python(self) -> None:
+        """Make a Python of cx_Freeze's launcher, and the standard library of this machine's Python of that version."""
+        freezer, version = self._folder / "cx_Freeze", self.release.python
+        self._install_into(freezer, f"cx_Freeze=={self.release.cx_freeze}")
+        bases = freezer / "cx_Freeze/bases"
+        (launcher,) = bases.glob("console-*")
+        shutil.copytree(bases / "lib", self.root / "usr/bin/lib")
+        shutil.copy(launcher, self.root / f"usr/bin/python{version}")
+        # The rest is found beside the script that stands for the Python.
+        library = self._folder / "lib"
+        where = [f"python{version}", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"]
+        of_this_machine = subprocess.run(where, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+        unwanted = shutil.ignore_patterns("__pycache__", "site-packages", "lib-dynload", "test", "config-*")
+        shutil.copytree(of_this_machine, library, ignore=unwanted)
+        shutil.copytree(bases / "lib-dynload", library / "lib-dynload")
+        shutil.copy(Path(__file__).with_name("frozen_startup.py"), library / "__startup__.py")
 
     def _install_packages(self) -> None:
         versions = self.release.versions

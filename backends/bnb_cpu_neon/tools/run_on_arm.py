@@ -1,8 +1,10 @@
-"""Run the tests of the NEON backend on emulated aarch64 machines: `python run_on_arm.py DIST FOLDER [pytest arguments]`.
+"""Run the tests of the NEON backend on emulated aarch64 machines.
+
+    python run_on_arm.py DIST FOLDER [--other-pythons] [pytest arguments]
 
 DIST holds the wheels; FOLDER is where the aarch64 Pythons are put, and kept. There is a machine for each tier, with a CPU that has
 no more than the tier needs, so that an instruction which a real core lacks ends the run here. As many run at a time as this machine
-has cores.
+has cores. With --other-pythons, the wheels that these machines do not install are tried instead, by some of the tests.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Machine(NamedTuple):
     core: str
     """What `bnb doctor` calls it."""
     python: str
-    """Key of `emulated_arm.RELEASES`; 3.9 has the last torch that runs on ARMv8.0."""
+    """Key of `emulated_arm.RELEASES`; up to 3.9 torch is one that runs on ARMv8.0."""
 
 
 MACHINES = (
@@ -42,6 +44,14 @@ MACHINES = (
     Machine("cortex-a76", "dotprod", "Cortex-A76", "3.13"),
     Machine("max,pauth-impdef=on", "i8mm", "core 0x00/0x051", "3.13"),
 )
+#: One for each wheel that the others do not install; the code in it differs from theirs by how it is bound to Python.
+OTHER_PYTHONS = (
+    Machine("cortex-a72", "baseline", "Cortex-A72", "3.8"),
+    Machine("cortex-a76", "dotprod", "Cortex-A76", "3.10"),
+    Machine("max,pauth-impdef=on", "i8mm", "core 0x00/0x051", "3.11"),
+)
+#: What is tried there: each op with each dtype, and all that does not belong to the conformance suite, but for the encoder.
+SOME_TESTS = "plain_call or not test_conformance and not test_encoder and not float64_model"
 
 
 def run_tests(arm: EmulatedArm, machine: Machine, folder: Path, *arguments: str) -> str:
@@ -51,7 +61,8 @@ def run_tests(arm: EmulatedArm, machine: Machine, folder: Path, *arguments: str)
         RuntimeError: a test failed, or was skipped.
     """
     log, report = folder / f"{machine.cpu}.log", folder / f"{machine.cpu}.xml"
-    test = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--bnb-strict", f"--junit-xml={report}", str(TESTS))
+    plugins = ("-p", "no:cacheprovider", "-p", "no:logging")
+    test = ("-m", "pytest", "-q", *plugins, "-W", "ignore", "--bnb-strict", f"--junit-xml={report}", str(TESTS))
     expected = {"BNB_NEON_EXPECTED_TIER": machine.tier, "BNB_NEON_EXPECTED_CORE": machine.core}
     environment = {"BNB_BACKEND": "neon", "BNB_FALLBACK": "never", **expected}
     started = time.monotonic()
@@ -77,12 +88,20 @@ def _counts(report: Path) -> Tuple[int, int]:
 
 def main(dist: Path, folder: Path, *arguments: str) -> None:
     """Set the machines up with the wheels of `dist`, and run the tests on each."""
-    arms = {}
-    for python in dict.fromkeys(machine.python for machine in MACHINES):
-        arms[python] = EmulatedArm(folder, python)
-        arms[python].install(*newest_wheels(dist, python), MODEL)
+    machines, model = MACHINES, (MODEL,)
+    if "--other-pythons" in arguments:
+        machines, model = OTHER_PYTHONS, ()
+        arguments = ("-k", SOME_TESTS, *(argument for argument in arguments if argument != "--other-pythons"))
+
+    def prepare(python: str) -> EmulatedArm:
+        arm = EmulatedArm(folder, python)
+        arm.install(*newest_wheels(dist, python), *model)
+        return arm
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(run_tests, arms[machine.python], machine, folder, *arguments) for machine in MACHINES]
+        pythons = dict.fromkeys(machine.python for machine in machines)
+        arms = dict(zip(pythons, pool.map(prepare, pythons)))
+        runs = [pool.submit(run_tests, arms[machine.python], machine, folder, *arguments) for machine in machines]
         failures = 0
         for run in runs:
             try:

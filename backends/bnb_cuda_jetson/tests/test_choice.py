@@ -23,8 +23,8 @@ from bnb_cuda_jetson import choice
 def choose(dtype=2, M=1, N=4096, K=4096, blocksize=64, nested_blocksize=0, alignment=0):
     return choice.choose(0, dtype, M, N, K, blocksize, nested_blocksize, alignment)
 
-def measured(times, dtype=2, N=4096, K=4096):
-    cases = {choice.case_name(dtype, N, K, M): values for M, values in times.items()}
+def measured(times, dtype=2, N=4096, K=4096, nested=False):
+    cases = {choice.case_name(dtype, N, K, M, nested): values for M, values in times.items()}
     tuning.write(tuning.Table("jetson", choice.identity(0), "now", cases))
     choice.choose.cache_clear()
 """
@@ -118,14 +118,25 @@ print(choose(M=64).path, choose(M=64, N=4104).path, choose(M=64, K=4160).path, c
 
 
 def test_a_path_that_does_not_take_the_product_is_not_chosen(on_h200):
-    """As when it was measured with plain scales or aligned codes; nor one that this version does not have."""
+    """As where codes are aligned less; nor one that this version does not have."""
     code = """
 measured({1: {"one": 1.0, "few": 5.0, "future": 0.1}, 64: {"many64": 1.0, "panels": 5.0, "any": 7.0}})
-print(choose(M=1).path, choose(M=1, nested_blocksize=256).path, choose(M=64, alignment=4).path, choose(M=64, alignment=2).path)
+print(choose(M=1).path, choose(M=64, alignment=4).path, choose(M=64, alignment=2).path)
 measured({64: {"future": 0.1}})
 print(choose(M=64).path)
 """
-    assert on_h200(code) == ["one", "few", "panels", "any", "many64"]
+    assert on_h200(code) == ["one", "panels", "any", "many64"]
+
+
+def test_nested_scales_are_measured_apart_for_few_rows(on_h200):
+    code = """
+measured({1: {"one": 1.0, "few": 5.0}, 16: {"many64": 1.0, "few": 5.0}, 64: {"many32": 1.0, "panels": 5.0}})
+for M in (1, 9, 64):
+    print(choose(M=M, nested_blocksize=256).path)
+measured({16: {"many64": 1.0, "few": 5.0}}, nested=True)
+print(choose(M=9, nested_blocksize=256).path, choose(M=9).path)
+"""
+    assert on_h200(code) == ["few", "many32", "many32", "many64", "few"]
 
 
 def test_a_table_of_another_driver_is_ignored_with_one_warning(run_with_driver):
@@ -167,7 +178,7 @@ from bnb_core.backends import register
 from bnb_core.cli import main
 from bnb_cuda_jetson import tuning
 
-def measure(ordinal, dtype, M, N, K, likely):
+def measure(ordinal, dtype, M, N, K, nested, likely):
     return {path: 100.0 - number for number, path in enumerate(likely)}  # the last is the fastest
 
 tuning._measure = measure
@@ -196,6 +207,8 @@ def test_what_is_measured(tune):
     assert set(cases["bfloat16 4096x4096, 1 row"]["microseconds"]) == {"one", "few"}
     assert set(cases["bfloat16 4096x4096, 128 rows"]["microseconds"]) >= {"many64", "many128", "panels"}
     assert "panels" not in cases["float16 4096x4096, 128 rows"]["microseconds"]
+    assert set(cases["bfloat16 4096x4096 nested, 16 rows"]["microseconds"]) >= {"few", "many32"}
+    assert "bfloat16 4096x4096 nested, 128 rows" not in cases
     assert all(len(case["microseconds"]) > 1 for case in cases.values()), "a case without a choice"
     assert not [case for case in cases.values() if "any" in case["microseconds"]], "a path that cannot be the fastest"
 
@@ -239,3 +252,30 @@ print(*(check.message for check in examine("cuda").checks if check.message.start
     run = run_with_driver(code, NEWEST)
     assert f"jetson: not tuned for Fake {NEWEST}, 8 multiprocessors; `bnb tune` measures" in run.output
     assert not run.calls_of("cuDevicePrimaryCtxRetain"), "looking for a table made a context"
+
+
+def test_what_is_measured_is_the_path_by_its_name(run_with_driver):
+    """On the made-up device nothing is timed, but launched."""
+    code = """
+import torch
+from bnb_cuda_jetson import tuning
+from bnb_cuda_jetson.choice import with_memory
+
+torch.Tensor.get_device = lambda tensor: 0
+N, K = 256, 4096
+packed, codes, absmax = torch.zeros(N * K // 2).byte(), torch.zeros(N * K // 64).byte(), torch.zeros(N * K // 64)
+statistics = tuning.Nested(torch.zeros(64), torch.zeros(256), torch.zeros(()), 256)
+weight = tuning.Weight(packed, absmax, codes, statistics)
+for M, path, nested in ((1, "one", False), (1, "few", True), (64, "many64", False), (64, "many128", True)):
+    x, out = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(M, N, dtype=torch.bfloat16)
+    choice = with_memory(0, 2, M, N, K, 64, 256 * nested, path)
+    scratch = torch.empty(choice.scratch, dtype=torch.uint8)
+    tuning._multiply(choice, x, weight, nested, torch.zeros(16), out, scratch)
+"""
+    names = [call.split()[0] for call in run_with_driver(code, NEWEST).calls_of("cuLaunchKernel")]
+    assert [name for name in names if "_add_" not in name] == [
+        "gemm_4bit_one_bfloat16",
+        "gemm_4bit_few_one_bfloat16_nested",
+        "gemm_4bit_many64_bfloat16",
+        "gemm_4bit_many128_bfloat16_nested",
+    ]

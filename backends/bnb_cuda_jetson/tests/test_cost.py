@@ -47,9 +47,9 @@ def paths_for(name: str, M: int, dtype: torch.dtype = torch.bfloat16) -> list:
     return found + ([PANELS] if dtype is torch.bfloat16 and M >= FEWEST_PANELS else [])
 
 
-def estimate(path: str, name: str, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> float:
+def estimate(path: str, name: str, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16, nested: bool = False) -> float:
     tensor_cores = dtype is not torch.float32 and FIGURES[name].compute_capability >= 80
-    return cost.estimate(path, FIGURES[name], tensor_cores, M, N, K, 64)
+    return cost.estimate(path, FIGURES[name], tensor_cores, M, N, K, 64, nested)
 
 
 def fastest(name: str, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -94,7 +94,7 @@ def test_a_faster_device_does_not_take_longer(change):
     faster = cost.figures(SimpleNamespace(**{**vars(DEVICES["H200"]), **change}))
     for M, (N, K) in itertools.product(ROWS, SHAPES):
         for path in paths_for("H200", M):
-            assert cost.estimate(path, faster, True, M, N, K, 64) <= 1.25 * estimate(path, "H200", M, N, K), (path, M, N, K)
+            assert cost.estimate(path, faster, True, M, N, K, 64, False) <= 1.25 * estimate(path, "H200", M, N, K), (path, M, N, K)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -148,6 +148,7 @@ def test_choices_are_near_the_fastest_path_that_was_measured():
     assert len(products) >= 90
     for row in products:
         times, dtype = row["microseconds"], getattr(torch, row["dtype"].replace("torch.", ""))
-        estimates = {path: estimate(path, "H200", row["M"], row["N"], row["K"], dtype) for path in times}
+        shape, nested = (row["M"], row["N"], row["K"]), row["nested"]
+        estimates = {path: estimate(path, "H200", *shape, dtype, nested) for path in times}
         chosen = min(estimates, key=lambda path: estimates[path])
-        assert times[chosen] <= 1.1 * min(times.values()), (row["dtype"], row["M"], row["N"], row["K"], chosen, times)
+        assert times[chosen] <= 1.1 * min(times.values()), (row["dtype"], shape, nested, chosen, times)

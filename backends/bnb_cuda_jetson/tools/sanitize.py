@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,10 +26,11 @@ FAULTY = 99
 
 
 class Check:
-    """Tests under one tool."""
+    """Tests under one tool, for so many seconds at most."""
 
-    def __init__(self, sanitizer: str, tool: str, arguments: List[str]) -> None:
+    def __init__(self, sanitizer: str, tool: str, seconds: float, arguments: List[str]) -> None:
         self.tool = tool
+        self.seconds = seconds
         self.found = 0
         self.expired = False
         options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", str(FAULTY)]
@@ -43,6 +45,8 @@ class Check:
         )
         self._printer = threading.Thread(target=self._print)
         self._printer.start()
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.start()
 
     def _print(self) -> None:
         assert self._process.stdout is not None
@@ -53,17 +57,20 @@ class Check:
 
     def _expire(self) -> None:
         self.expired = True
-        os.killpg(self._process.pid, 9)  # the tests' processes too
+        self.end()
 
-    def verdict(self, seconds: float) -> str:
+    def end(self) -> None:
+        """End the tool if it still runs, and the tests' processes with it."""
+        self._timer.cancel()
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def verdict(self) -> str:
         """Wait for the end, and say in words what came out; nothing if all is well."""
-        timer = threading.Timer(seconds, self._expire)
-        timer.start()
         status = self._process.wait()
-        timer.cancel()
         self._printer.join()
         if self.expired:
-            return f"not finished in {seconds:.0f} s"
+            return f"not finished in {self.seconds:.0f} s"
         if self.found or status == FAULTY:
             return f"found {self.found} faults"
         return "" if status == 0 else f"the tests failed with status {status}"
@@ -78,8 +85,13 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on the path; it comes with the CUDA toolkit")
-    checks = [Check(sanitizer, tool, tests) for tool in arguments.tools.split(",")]
-    verdicts: Dict[str, str] = {check.tool: check.verdict(arguments.minutes * 60) for check in checks}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"ended by signal {number}"))
+    checks = [Check(sanitizer, tool, arguments.minutes * 60, tests) for tool in arguments.tools.split(",")]
+    try:
+        verdicts: Dict[str, str] = {check.tool: check.verdict() for check in checks}
+    finally:
+        for check in checks:
+            check.end()
     for tool, verdict in verdicts.items():
         print(f"{tool}: {verdict or 'nothing found'}")
     raise SystemExit(any(verdicts.values()))

@@ -30,13 +30,16 @@ inline float quantize_block(const Codebook256 &codebook, const T *x, int64_t n, 
 /// Elements whose entries are copied at a time.
 constexpr int64_t copy_step = 32;
 
-/// Fills the entries of `copy_step` codes. They go from table to memory through no vector register, which takes fewest instructions.
+/// Fills the entries of eight codes. They go from table to memory through no vector register, which takes fewest instructions.
+BNB_INLINE inline void copy_8_entries(const uint8_t *codes, const float *codebook, float *out) {
+    uint32_t entries[8];
+    for (int j = 0; j < 8; ++j) std::memcpy(entries + j, codebook + codes[j], sizeof(float));
+    std::memcpy(out, entries, sizeof entries);
+}
+
+/// Fills the entries of `copy_step` codes.
 BNB_INLINE inline void copy_entries(const uint8_t *codes, const float *codebook, float *out) {
-    unroll<copy_step / 8>([&](auto group) BNB_INLINE {
-        uint32_t entries[8];
-        for (int j = 0; j < 8; ++j) std::memcpy(entries + j, codebook + codes[8 * group + j], sizeof(float));
-        std::memcpy(out + 8 * group, entries, sizeof entries);
-    });
+    unroll<copy_step / 8>([&](auto group) BNB_INLINE { copy_8_entries(codes + 8 * group, codebook, out + 8 * group); });
 }
 
 /// Fills the n entries of codes, without their scale.

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "kernels/block256.hpp"
+#include "kernels/mirrored.hpp"
 #include "kernels/optimizer_rules.hpp"
 #include "parallel.hpp"
 
@@ -76,13 +78,16 @@ class States8bit {
 
     States8bit(const std::array<const float *, most_states> &codebooks, int64_t blocksize) : blocksize_(blocksize) {
         for (std::size_t state = 0; state < most_states; ++state) {
-            if (codebooks[state]) codebooks_[state] = Codebook256::of(codebooks[state]);
+            if (!codebooks[state]) continue;
+            codebooks_[state] = Codebook256::of(codebooks[state]);
+            mirrored_[state] = MirroredCodebook::of(codebooks_[state]->entries());
         }
     }
 
     int64_t blocksize() const { return blocksize_; }
     float load(const OptimizerTensor &tensor, std::size_t state, int64_t block, int64_t first, int64_t n, float *values) const {
-        copy_entries(static_cast<const uint8_t *>(tensor.states[state]) + first, codebooks_[state]->entries(), n, values);
+        const MirroredCodebook *const mirrored = mirrored_[state] ? &*mirrored_[state] : nullptr;
+        copy_entries(mirrored, static_cast<const uint8_t *>(tensor.states[state]) + first, codebooks_[state]->entries(), n, values);
         return tensor.absmax[state][block];
     }
     void store(const OptimizerTensor &tensor, std::size_t state, int64_t first, int64_t n, const float *values, float absmax) const {
@@ -91,6 +96,7 @@ class States8bit {
 
   private:
     std::array<std::shared_ptr<const Codebook256>, most_states> codebooks_;
+    std::array<std::optional<MirroredCodebook>, most_states> mirrored_;
     int64_t blocksize_;
 };
 

@@ -20,12 +20,9 @@ class Codebook16 {
 
     /// The values of 16 codes, in order, four in each vector.
     float32x4x4_t operator[](uint8x16_t codes) const {
-        const uint8x16_t byte0 = vqtbl1q_u8(planes_.val[0], codes), byte1 = vqtbl1q_u8(planes_.val[1], codes);
-        const uint8x16_t byte2 = vqtbl1q_u8(planes_.val[2], codes), byte3 = vqtbl1q_u8(planes_.val[3], codes);
-        const uint16x8_t low0 = vreinterpretq_u16_u8(vzip1q_u8(byte0, byte1)), low1 = vreinterpretq_u16_u8(vzip2q_u8(byte0, byte1));
-        const uint16x8_t high0 = vreinterpretq_u16_u8(vzip1q_u8(byte2, byte3)), high1 = vreinterpretq_u16_u8(vzip2q_u8(byte2, byte3));
-        return {{vreinterpretq_f32_u16(vzip1q_u16(low0, high0)), vreinterpretq_f32_u16(vzip2q_u16(low0, high0)),
-                 vreinterpretq_f32_u16(vzip1q_u16(low1, high1)), vreinterpretq_f32_u16(vzip2q_u16(low1, high1))}};
+        return join_bytes(
+            vqtbl1q_u8(planes_.val[0], codes), vqtbl1q_u8(planes_.val[1], codes), vqtbl1q_u8(planes_.val[2], codes),
+            vqtbl1q_u8(planes_.val[3], codes));
     }
 
   private:

@@ -50,6 +50,13 @@ __device__ inline void unpack_two<__nv_bfloat16>(uint32 pair, float& first, floa
   second = __uint_as_float(pair & 0xffff0000u);
 }
 
+// Eight values rounded into 16 bits each.
+template <class T>
+__device__ inline uint4 pack_eight(const float (&values)[8]) {
+  return make_uint4(pack_two<T>(values[0], values[1]), pack_two<T>(values[2], values[3]), pack_two<T>(values[4], values[5]),
+                    pack_two<T>(values[6], values[7]));
+}
+
 // Eight elements, at an address that is a multiple of 16 bytes.
 template <class T>
 __device__ inline void load_eight(const T* from, float (&values)[8]) {
@@ -68,12 +75,7 @@ __device__ inline void load_eight<float>(const float* from, float (&values)[8]) 
 
 template <class T>
 __device__ inline void store_eight(T* to, const float (&values)[8]) {
-  uint4 words;
-  words.x = pack_two<T>(values[0], values[1]);
-  words.y = pack_two<T>(values[2], values[3]);
-  words.z = pack_two<T>(values[4], values[5]);
-  words.w = pack_two<T>(values[6], values[7]);
-  *reinterpret_cast<uint4*>(to) = words;
+  *reinterpret_cast<uint4*>(to) = pack_eight<T>(values);
 }
 template <>
 __device__ inline void store_eight<float>(float* to, const float (&values)[8]) {
@@ -81,15 +83,15 @@ __device__ inline void store_eight<float>(float* to, const float (&values)[8]) {
   reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
-// Sixteen bytes of elements, which one thread stores at once, and neighbouring threads next to each other. `Codes` holds their 8-bit
-// codes, `Half` their 4-bit ones.
+// Sixteen bytes of elements, which one thread stores at once, and neighbouring threads next to each other: the first to leave the cache
+// again. `Codes` holds their 8-bit codes, `Half` their 4-bit ones.
 template <class T>
 struct Run {
   static constexpr int kLength = 8;
   using Codes = uint2;
   using Half = uint32;
 
-  __device__ static void store(T* to, const float (&values)[8]) { store_eight(to, values); }
+  __device__ static void store(T* to, const float (&values)[8]) { __stcs(reinterpret_cast<uint4*>(to), pack_eight<T>(values)); }
 };
 template <>
 struct Run<float> {
@@ -98,7 +100,7 @@ struct Run<float> {
   using Half = uint16;
 
   __device__ static void store(float* to, const float (&values)[4]) {
-    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+    __stcs(reinterpret_cast<float4*>(to), make_float4(values[0], values[1], values[2], values[3]));
   }
 };
 

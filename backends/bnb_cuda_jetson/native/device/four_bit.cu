@@ -4,36 +4,41 @@
 #include "quantize_blocks.cuh"
 #include "scales.cuh"
 
-constexpr int kThreads = 256;   // of dequantize
+constexpr int kThreads = 256;   // of dequantize: one an entry of the codebook of nested scales
 constexpr int kRunsAtOnce = 4;  // that each of them has: so many loads are under way at a time
 
 template <bool kNested, class T>
 __device__ void dequantize(T* out, const uint8* packed, const Scales& scales, const float* codebook, int blocksize_shift, int64 n) {
   // Sixteen words lie in sixteen banks of shared memory: whatever the codes, a warp looks them up in one go.
   __shared__ float table[16];
+  // The codebook of nested scales, so that no load waits for another one.
+  __shared__ float nested_table[kNested ? kThreads : 1];
   using Codes = typename Run<T>::Half;
   constexpr int kRun = Run<T>::kLength, kTile = kThreads * kRun * kRunsAtOnce;
   const bool aligned = reinterpret_cast<size_t>(packed) % sizeof(Codes) == 0 && reinterpret_cast<size_t>(out) % 16 == 0;
   const int64 tile = int64(blockIdx.x) * kTile, start = tile + threadIdx.x * kRun;
   const bool simple = aligned && tile + kTile <= n && (!kNested || scales.nested_shift >= 0);
   uint32 codes[kRunsAtOnce];
-  float scale[kRunsAtOnce];
+  typename Scales::Loaded<kNested> loaded[kRunsAtOnce];
   if (simple) {
 #pragma unroll
     for (int i = 0; i < kRunsAtOnce; ++i) {
       const int64 at = start + i * kThreads * kRun;
       codes[i] = *reinterpret_cast<const Codes*>(packed + at / 2);
-      scale[i] = scales.of<kNested>(at >> blocksize_shift);
+      loaded[i].load(scales, at >> blocksize_shift);
     }
   }
   if (threadIdx.x < 16) table[threadIdx.x] = codebook[threadIdx.x];
+  if (kNested) nested_table[threadIdx.x] = scales.nested_codebook[threadIdx.x];
+  const float offset = kNested ? *scales.nested_offset : 0.0f;
   __syncthreads();
   if (simple) {
 #pragma unroll
     for (int i = 0; i < kRunsAtOnce; ++i) {
+      const float scale = loaded[i].value(nested_table, offset);
       float values[kRun];
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) values[j] = __fmul_rn(table[codes[i] >> (4 * (j ^ 1)) & 15], scale[i]);
+      for (int j = 0; j < kRun; ++j) values[j] = __fmul_rn(table[codes[i] >> (4 * (j ^ 1)) & 15], scale);
       Run<T>::store(out + start + i * kThreads * kRun, values);
     }
   } else {

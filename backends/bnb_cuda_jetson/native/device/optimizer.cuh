@@ -4,12 +4,11 @@
 
 #include "arithmetic.cuh"
 #include "blocks.cuh"
-#include "copy_ahead.cuh"
 #include "floats.cuh"
 #include "nearest_code.cuh"
 #include "optimizer.h"
 
-constexpr int kPiece = 256;        // elements that a warp has in registers
+constexpr int kPiece = 256;  // elements that a warp has in registers
 
 enum Algorithm { kAdam, kAmsgrad, kAdemamix, kLion, kSgd, kRmsprop, kAdagrad };
 
@@ -23,8 +22,15 @@ __device__ constexpr bool always_has(int algorithm, int state) {
   return algorithm == kSgd ? false : algorithm == kRmsprop ? state == 0 : state < states_of(algorithm);
 }
 
-// One element: gradient and states before the step -> direction and states after it. `has` says which states there are.
-template <int kAlgorithm>
+// Whether a square root is taken.
+__device__ constexpr bool has_root(int algorithm) { return algorithm != kLion && algorithm != kSgd; }
+
+// Subnormal squares may count as 0 from this eps on: beside it their roots vanish.
+constexpr float kFlushFrom = 3.637978807091713e-12f;  // 2^-38
+
+// One element: gradient and states before the step -> direction and states after it. `has` says which states there are, and `kFlush`
+// that eps is as large as that.
+template <int kAlgorithm, bool kFlush>
 __device__ inline float update(const Scalars& s, float g, float (&states)[kStates], const bool (&has)[kStates]) {
   float &first = states[0], &second = states[1], &third = states[2];
   if constexpr (kAlgorithm == kAdam || kAlgorithm == kAmsgrad || kAlgorithm == kAdemamix) {
@@ -36,7 +42,7 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
       third = fmaf(third, s.beta3, g * s.new3);
       numerator = fmaf(third, s.alpha, numerator);
     }
-    return divide(numerator, square_root(square) + s.eps);
+    return divide_roughly(numerator, square_root<kFlush>(square) + s.eps);
   } else if constexpr (kAlgorithm == kLion) {
     const float mean = fmaf(first, s.beta1, g * s.new1);
     first = fmaf(first, s.beta2, g * s.new2);
@@ -52,12 +58,12 @@ __device__ inline float update(const Scalars& s, float g, float (&states)[kState
       third = fmaf(third, s.beta2, g * s.new2);
       square = fmaxf(first - third * third, 0.0f);
     }
-    const float quotient = divide(g, square_root(square) + s.eps);
+    const float quotient = divide(g, square_root<kFlush>(square) + s.eps);
     if (!has[1]) return quotient;
     return second = fmaf(second, s.momentum, quotient);
   } else {
     first = first + g * g;
-    return divide(g, (square_root(first) + s.eps) * s.slowdown);
+    return divide(g, (square_root<kFlush>(first) + s.eps) * s.slowdown);
   }
 }
 
@@ -67,19 +73,27 @@ __device__ inline bool is_updated(const Scalars& s, float grad) { return isfinit
 struct Codebook {
   // In shared memory.
   struct Table {
+    alignas(1024) float values[256];
     NearestCode8bit::Table nearest;
-    float values[256];
   };
 
   NearestCode8bit nearest;
-  const float* values;
+  uint32 values;  // their address, a multiple of their size
 
   Codebook() = default;
 
   // All threads of the block call it, 256 at least; it ends with a barrier.
-  __device__ Codebook(Table& table, const float* codebook) : values(table.values) {
+  __device__ Codebook(Table& table, const float* codebook) : values(uint32(__cvta_generic_to_shared(table.values))) {
     if (threadIdx.x < 256) table.values[threadIdx.x] = codebook[threadIdx.x];
     nearest = NearestCode8bit(table.nearest, codebook);
+  }
+
+  // What a byte of `word` stands for. Written out: with an array subscript, an instruction more adds the address.
+  __device__ float value(uint32 word, int byte) const {
+    const uint32 address = values | ((byte ? word >> (8 * byte - 2) : word << 2) & 0x3fc);
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+    return value;
   }
 };
 
@@ -102,7 +116,7 @@ struct EightCodes {
   uint2 words;
 
   __device__ void load(const uint8* from, int64 at) { words = *reinterpret_cast<const uint2*>(from + at); }
-  __device__ uint32 operator[](int i) const { return code_of(words, i); }
+  __device__ float value(const Codebook& codebook, int i) const { return codebook.value(i < 4 ? words.x : words.y, i % 4); }
 };
 
 template <bool kQuantized>
@@ -123,39 +137,6 @@ struct Loaded {
   typename StateFormat<kQuantized>::Loaded states[kCount];
 };
 
-// Shared memory for what the lanes of a warp will have of the next unit.
-template <class T, int kCount>
-struct Ahead {
-  uint4 params[32], grads[32];
-  uint2 states[kCount][32];
-  float absmax[kCount][32];
-
-  __device__ void copy(const StepTensor& tensor, int64 block, int64 at) {
-    const int lane = threadIdx.x % 32;
-    copy_ahead<16>(&params[lane], static_cast<const T*>(tensor.param) + at);
-    copy_ahead<16>(&grads[lane], static_cast<const T*>(tensor.grad) + at);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      copy_ahead<8>(&states[k][lane], static_cast<const uint8*>(tensor.states[k]) + at);
-      copy_ahead<4>(&absmax[k][lane], tensor.absmax[k] + block);
-    }
-    end_copies();
-  }
-
-  // Each lane reads what it has copied.
-  __device__ void read(Loaded<T, kCount, true>& loaded, float (&scales)[kCount]) {
-    const int lane = threadIdx.x % 32;
-    wait_for_copies<0>();
-    loaded.param.words[0] = params[lane];
-    loaded.grad.words[0] = grads[lane];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      loaded.states[k].words = states[k][lane];
-      scales[k] = absmax[k][lane];
-    }
-  }
-};
-
 // One element with its states.
 template <class T, int kAlgorithm, bool kQuantized>
 struct Single {
@@ -172,7 +153,7 @@ struct Single {
       if (!has[k]) continue;
       const Element state = static_cast<const Element*>(tensor.states[k])[at];
       if constexpr (kQuantized) {
-        states[k] = __fmul_rn(codebooks[k].values[state], absmax[k]);
+        states[k] = __fmul_rn(codebooks[k].value(state, 0), absmax[k]);
       } else {
         states[k] = state;
       }
@@ -183,7 +164,7 @@ struct Single {
   __device__ float direction(const Scalars& s) {
     if (!is_updated(s, g)) return 0.0f;
     const float scaled = g * s.gnorm_scale;
-    return update<kAlgorithm>(s, s.weight_decay != 0.0f ? fmaf(s.weight_decay, p, scaled) : scaled, states, has);
+    return update<kAlgorithm, false>(s, s.weight_decay != 0.0f ? fmaf(s.weight_decay, p, scaled) : scaled, states, has);
   }
 };
 
@@ -217,8 +198,18 @@ struct Piece {
     }
   }
 
-  // Take the step, in registers. Return whether it is right: whether all elements of the warp are to be updated.
-  __device__ bool step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
+  // Whether all gradients of the warp are finite.
+  __device__ bool is_finite(const Loaded<T, kCount, kQuantized>& loaded) const {
+    float g[8], zero = 0.0f;  // a sum of products with zero is zero if all factors are finite
+    loaded.grad.values(g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) zero = fmaf(g[i], 0.0f, zero);
+    return __all_sync(0xffffffffu, zero == 0.0f);
+  }
+
+  // Take the step, in registers.
+  template <bool kFlush>
+  __device__ void step(const Loaded<T, kCount, kQuantized>& loaded, const Scalars& s, float rate, const Codebook* codebooks,
                        const float (&absmax)[kCount]) {
     float g[8];
     loaded.param.values(p);
@@ -227,16 +218,14 @@ struct Piece {
     for (int k = 0; k < kCount; ++k) {
       if constexpr (kQuantized) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(codebooks[k].values[loaded.states[k][i]], absmax[k]);
+        for (int i = 0; i < 8; ++i) states[k][i] = __fmul_rn(loaded.states[k].value(codebooks[k], i), absmax[k]);
       } else {
         loaded.states[k].values(states[k]);
       }
     }
-    float zero = 0.0f;  // a sum of products with zero is zero if all factors are finite
+    if (s.gnorm_scale != 1.0f) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      zero = fmaf(g[i], 0.0f, zero);
-      g[i] *= s.gnorm_scale;
+      for (int i = 0; i < 8; ++i) g[i] *= s.gnorm_scale;
     }
     if (s.weight_decay != 0.0f) {
 #pragma unroll
@@ -247,12 +236,11 @@ struct Piece {
       float now[kStates] = {};
 #pragma unroll
       for (int k = 0; k < kCount; ++k) now[k] = states[k][i];
-      const float direction = update<kAlgorithm>(s, g[i], now, has);
+      const float direction = update<kAlgorithm, kFlush>(s, g[i], now, has);
       p[i] = fmaf(-rate, direction, p[i] * s.decay);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) states[k][i] = now[k];
     }
-    return __all_sync(0xffffffffu, zero == 0.0f) && !s.skip_zeros;
   }
 
   // The largest magnitudes of the warp's states, as bits.
@@ -338,61 +326,50 @@ template <class T, int kAlgorithm, bool kQuantized, int kWarps>
 __device__ void step(const StepTensors& table, const Scalars& scalars, const Scalars* device_scalars, const float* ratios,
                      double2* sums, const Codebook* codebooks, int64 blocksize) {
   constexpr int kCount = states_of(kAlgorithm);
-#if __CUDA_ARCH__ >= 800
-  // Where elements are small and states few, memory is what a warp waits for most: it has the next unit copied meanwhile.
-  constexpr bool kAhead = kQuantized && sizeof(T) == 2 && kCount == 1;
-#else
-  constexpr bool kAhead = false;
-#endif
-  __shared__ Ahead<T, kCount> storage[kAhead ? kWarps : 1];
-  Ahead<T, kCount>& ahead = storage[kAhead ? threadIdx.x / 32 : 0];
-  bool copied = false;
-
   const Scalars s = device_scalars ? *device_scalars : scalars;
-  const int64 stride = int64(gridDim.x) * kWarps;
+  const bool by_pieces = !sums && !s.skip_zeros && (!kQuantized || blocksize == kPiece);
   int which = 0;
-  for (int64 first = int64(blockIdx.x) * kWarps; first + threadIdx.x / 32 < table.units; first += stride) {
-    const int64 unit = first + threadIdx.x / 32;
+  for (int64 unit = int64(blockIdx.x) * kWarps + threadIdx.x / 32; unit < table.units; unit += int64(gridDim.x) * kWarps) {
     which = tensor_of(table, unit, which);
     const StepTensor& tensor = table.tensors[which];
-    const int64 block = block_of(table, unit, which), start = block * blocksize, end = min(start + blocksize, abs(tensor.n));
+    const int64 block = block_of(table, unit, which);
     const float rate = ratios ? s.lr * ratios[which] : s.lr;
     float absmax[kCount] = {};
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if (!copied && (always_has(kAlgorithm, k) || tensor.states[k])) absmax[k] = tensor.absmax[k][block];
+        if (always_has(kAlgorithm, k) || tensor.states[k]) absmax[k] = tensor.absmax[k][block];
       }
-    }
-    if (sums) {
-      const double2 sum = measure<T, kAlgorithm, kQuantized>(tensor, start, end, s, codebooks, absmax);
-      if (threadIdx.x % 32 == 0) sums[unit] = sum;
-      continue;
     }
     uint32 largest[kCount] = {};
     bool done = false;
-    if (tensor.n > 0 && end - start == kPiece) {
-      Piece<T, kAlgorithm, kQuantized> piece(tensor, start + threadIdx.x % 32 * 8);
+    if (by_pieces && (block + 1) * kPiece <= tensor.n) {
+      Piece<T, kAlgorithm, kQuantized> piece(tensor, block * kPiece + threadIdx.x % 32 * 8);
       Loaded<T, kCount, kQuantized> loaded;
-      if (!copied) piece.load(loaded);
-      if constexpr (kAhead) {
-        if (copied) ahead.read(loaded, absmax);
-        copied = false;
-        if (unit + stride < table.units && blocksize == kPiece) {
-          const int later = tensor_of(table, unit + stride, which);
-          const StepTensor& next = table.tensors[later];
-          const int64 next_block = block_of(table, unit + stride, later), from = next_block * kPiece;
-          copied = from + kPiece <= next.n && next.states[0];
-          if (copied) ahead.copy(next, next_block, from + threadIdx.x % 32 * 8);
-        }
+      piece.load(loaded);
+      // The step is right if all gradients are finite. A state whose absmax is worked out shows that: it would not be finite either.
+      const bool by_state = kQuantized && piece.has[0];
+      done = by_state || piece.is_finite(loaded);
+      if (kQuantized && has_root(kAlgorithm) && s.eps >= kFlushFrom) {
+        piece.template step<true>(loaded, s, rate, codebooks, absmax);
+      } else {
+        piece.template step<false>(loaded, s, rate, codebooks, absmax);
       }
-      done = piece.step(loaded, s, rate, codebooks, absmax);
-      if (done) {
-        if (kQuantized) piece.compare(largest);
-        piece.store(codebooks, largest);
-      }
+      if (kQuantized) piece.compare(largest);
+      if (by_state) done = largest[0] < kInfinityBits;
+      if (done) piece.store(codebooks, largest);
     }
-    if (!done) step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
+    if (!done) {
+      const int64 start = block * blocksize, end = min(start + blocksize, abs(tensor.n));
+      if (sums) {
+        const double2 sum = measure<T, kAlgorithm, kQuantized>(tensor, start, end, s, codebooks, absmax);
+        if (threadIdx.x % 32 == 0) sums[unit] = sum;
+        continue;
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) largest[k] = 0;
+      step_singly<T, kAlgorithm, kQuantized>(tensor, start, end, s, rate, codebooks, absmax, largest);
+    }
     if constexpr (kQuantized) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {

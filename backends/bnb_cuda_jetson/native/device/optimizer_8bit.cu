@@ -3,11 +3,19 @@
 
 constexpr int kThreads = 256;
 
-// Three blocks of threads have 80 registers for each thread, two have 128.
-__host__ __device__ constexpr int blocks_of(int algorithm) { return states_of(algorithm) < 3 ? 3 : 2; }
+// Blocks of threads that a multiprocessor is to hold, as many as registers suffice for: four leave 64 to a thread, three 80, two 128.
+template <class T>
+__host__ __device__ constexpr int blocks_of(int algorithm) {
+#if __CUDA_ARCH__ >= 800
+  if (states_of(algorithm) == 3) return algorithm == kAdemamix ? 3 : 2;
+  return sizeof(T) == 2 ? 4 : 3;  // float32 elements keep memory busy with fewer threads
+#else
+  return states_of(algorithm) < 3 ? 3 : 2;
+#endif
+}
 
 #define STEP(algorithm, kAlgorithm, name, T)                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of(kAlgorithm))                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, blocks_of<T>(kAlgorithm))                                       \
       step_8bit_##algorithm##_##name(const StepTensors tensors, const Scalars scalars, const Scalars* device_scalars,    \
                                      const float* ratios, double2* sums, const float* codebook1, const float* codebook2, \
                                      const float* codebook3, int64 blocksize) {                                          \

@@ -24,5 +24,27 @@ struct Scales {
     return __fadd_rn(__fmul_rn(nested_codebook[code], nested_absmax[group]), *nested_offset);
   }
 
+  // What lies in memory of the scale of a block: loaded without a look at it, and worked out later. Groups of nested scales have a
+  // power of two of blocks.
+  template <bool kNested>
+  struct Loaded {
+    float absmax;  // of the block; or of its group, if nested
+    uint8 code;
+
+    __device__ void load(const Scales& scales, int64 block) {
+      if (kNested) {
+        code = static_cast<const uint8*>(scales.absmax)[block];
+        absmax = scales.nested_absmax[block >> scales.nested_shift];
+      } else {
+        absmax = static_cast<const float*>(scales.absmax)[block];
+      }
+    }
+
+    // `nested_codebook`, `nested_offset`: copies of them.
+    __device__ float value(const float* nested_codebook, float nested_offset) const {
+      return kNested ? __fadd_rn(__fmul_rn(nested_codebook[code], absmax), nested_offset) : absmax;
+    }
+  };
+
   __device__ float operator[](int64 block) const { return nested() ? of<true>(block) : of<false>(block); }
 };

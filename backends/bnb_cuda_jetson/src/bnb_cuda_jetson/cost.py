@@ -54,11 +54,12 @@ _START = {"any": 2.0, "one": 3.2, "few": 2.6, "scalar": 2.6, "many": 2.8, WMMA: 
 #: at a time, on tensor cores and without. A multiprocessor takes rows of W by tiles.
 _ONE_CLOCKS, _ONE_TILE = 0.044, 8
 _FEW_CLOCKS, _FEW_TILE = {1: 0.055, 4: 0.075, 8: 0.091, 16: 0.095, 32: 0.17}, 16
+_NESTED_CLOCKS = {**_FEW_CLOCKS, 16: 0.145}  # with nested scales there are fewer warps for 16 rows
 _SCALAR_CLOCKS = {1: 0.16, 2: 0.19}
 #: Microseconds between one pass over W and the next, where there are more rows of x than are taken at a time.
 _PASS = 1.5
-#: Bytes of x that stay in the cache of a multiprocessor, and bytes in a clock of what does not, and is read again for each tile.
-_CACHE, _CACHE_RATE = 200e3, 90.0
+#: Bytes of x that stay in the cache of a multiprocessor, and what it costs to read more again for every tile.
+_CACHE, _UNCACHED = 200e3, 1.22
 #: Clocks that a block of the kernels for many rows takes for 128 columns of 128 rows of W, by the rows of x in its tile: about 900
 #: for the values, and 23 a row.
 _STAGE_CLOCKS = {32: 1640.0, 64: 2380.0, 128: 3830.0}
@@ -78,7 +79,7 @@ _LIBRARY_STEP = 1.9
 _PANEL_BYTES_AN_ELEMENT = 3.9
 
 
-def estimate(path: str, on: Figures, tensor_cores: bool, M: int, N: int, K: int, blocksize: int) -> float:
+def estimate(path: str, on: Figures, tensor_cores: bool, M: int, N: int, K: int, blocksize: int, nested: bool) -> float:
     """Return the microseconds that a product is likely to take.
 
     Args:
@@ -88,6 +89,7 @@ def estimate(path: str, on: Figures, tensor_cores: bool, M: int, N: int, K: int,
         M: rows of x.
         N, K: rows and columns of W; the other way round for the product with a gradient.
         blocksize: elements that share a scale.
+        nested: whether the scales are quantized.
     """
     read = N * K * (0.5 + 4 / blocksize) / on.bandwidth
     if path == "any":
@@ -96,7 +98,8 @@ def estimate(path: str, on: Figures, tensor_cores: bool, M: int, N: int, K: int,
     if path == "one":
         return _START["one"] + max(_each(-(-N // _ONE_TILE), on) * _ONE_TILE * K * _ONE_CLOCKS / on.clock, read)
     if path == "few":
-        return _by_few(on, tensor_cores, M, N, K, read)
+        clocks = (_NESTED_CLOCKS if nested else _FEW_CLOCKS) if tensor_cores else _SCALAR_CLOCKS
+        return _START["few" if tensor_cores else "scalar"] + _by_few(on, clocks, M, N, K, read)
     if path == WMMA:
         tokens = next((rows for rows in _WMMA_CLOCKS if rows >= M), max(_WMMA_CLOCKS))
         blocks = -(-N // 128) * -(-M // tokens)
@@ -111,15 +114,13 @@ def _each(tiles: int, on: Figures) -> int:
     return -(-tiles // on.multiprocessors)
 
 
-def _by_few(on: Figures, tensor_cores: bool, M: int, N: int, K: int, read: float) -> float:
-    clocks_by_rows = _FEW_CLOCKS if tensor_cores else _SCALAR_CLOCKS
+def _by_few(on: Figures, clocks_by_rows: Mapping[int, float], M: int, N: int, K: int, read: float) -> float:
     at_once = next((rows for rows in clocks_by_rows if rows >= M), max(clocks_by_rows))
-    tiles = _each(-(-N // _FEW_TILE), on)
-    passes = -(-M // at_once)
+    tiles, passes = _each(-(-N // _FEW_TILE), on), -(-M // at_once)
     clocks = tiles * _FEW_TILE * K * clocks_by_rows[at_once]
-    if tensor_cores:
-        clocks += tiles * max(0.0, 2 * min(M, at_once) * K - _CACHE) / _CACHE_RATE
-    return _START["few" if tensor_cores else "scalar"] + (passes - 1) * _PASS + passes * max(clocks / on.clock, read)
+    if tiles > 1 and 2 * min(M, at_once) * K > _CACHE:
+        clocks *= _UNCACHED
+    return (passes - 1) * _PASS + passes * max(clocks / on.clock, read)
 
 
 def _by_many(tokens: int, on: Figures, M: int, N: int, K: int, read: float) -> float:

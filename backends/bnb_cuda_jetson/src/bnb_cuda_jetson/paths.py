@@ -17,7 +17,7 @@ MANY_TOKENS = {"many32": 32, "many64": 64, "many128": 128}
 #: The largest panel: a whole weight would double what an 8 GB board has to hold.
 PANEL_BYTES = 32 << 20
 #: Rows of x from which on the kernels for many rows, and panels, are thought of: below they are never the fastest.
-FEWEST_MANY, FEWEST_PANELS = 9, 32
+FEWEST_MANY, FEWEST_PANELS = 5, 32
 
 
 def possible(ordinal: int, dtype: int, M: int, N: int, K: int, blocksize: int, nested_blocksize: int, alignment: int) -> List[str]:
