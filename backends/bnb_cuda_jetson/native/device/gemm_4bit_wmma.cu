@@ -1,9 +1,8 @@
 // gemm_4bit of float16 on tensor cores, for devices before sm_80: from sm_72 on.
 //
 // A block multiplies kTokens rows of x by 128 rows of W, 64 columns at a time: a stage, of which a row of W has one scale. While a stage is
-// multiplied, codes, scales and x of the next are on their way to registers; codes become values in shared memory. That takes longer than
-// the products: two blocks on a multiprocessor wait less, where they have room. A stage's sums are scaled in float32: values times scales
-// might overflow in float16.
+// multiplied, codes, scales and x of the next are on their way to registers; codes become values in shared memory. A stage's sums are
+// scaled in float32: values times scales might overflow in float16.
 #include "pair_table.cuh"
 #include "weight_4bit.cuh"
 #include "wmma.cuh"
@@ -12,10 +11,10 @@ constexpr int kThreads = 256;
 constexpr int kRows = 128;  // of W
 constexpr int kDepth = 64;
 
-// A warp has kRowTiles tiles of rows of W, and kTokenTiles of rows of x. kTableCopies: of the table of values.
-template <int kTokens, int kRowTiles, int kTokenTiles, int kTableCopies>
+// A warp has kRowTiles tiles of rows of W, and kTokenTiles of rows of x.
+template <int kTokens, int kRowTiles, int kTokenTiles>
 __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weight, const __half* bias, int64 M) {
-  using Table = PairTable<__half, kTableCopies>;
+  using Table = PairTable<__half>;
   using Values = Planes<__half, kRows, kDepth>;
   using Tokens = Planes<__half, kTokens, kDepth>;
   constexpr int kRowWarps = kRows / 16 / kRowTiles;
@@ -43,33 +42,22 @@ __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weig
     tokens_from[i] = x + min(block_token + (thread + i * kThreads) / 8, M - 1) * K + thread % 8 * 8;
   }
   const bool brings_token = kTokens * kDepth / 8 >= kThreads || thread < kTokens * kDepth / 8;
-  struct Brought {
-    uint4 codes, tokens[kCopies];
-    float scale;  // of nested scales the group's
-    uint8 scale_code;
-  };
-  const Scales& all = weight.scales;
-  const auto read = [&](Brought& brought) {
-    brought.codes = __ldg(reinterpret_cast<const uint4*>(codes_from));
+  uint4 codes, tokens[kCopies];
+  float scale;
+  const auto read = [&] {
+    codes = __ldg(reinterpret_cast<const uint4*>(codes_from));
     codes_from += kDepth / 2;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      if (brings_token) brought.tokens[i] = __ldg(reinterpret_cast<const uint4*>(tokens_from[i]));
+      if (brings_token) tokens[i] = __ldg(reinterpret_cast<const uint4*>(tokens_from[i]));
       tokens_from[i] += kDepth;
     }
-    const int64 block = scale_element >> weight.blocksize_shift;
-    if (thread < kRows && all.nested()) {
-      brought.scale_code = __ldg(static_cast<const uint8*>(all.absmax) + block);
-      brought.scale = __ldg(all.nested_absmax + (block >> all.nested_shift));
-    } else if (thread < kRows) {
-      brought.scale = __ldg(static_cast<const float*>(all.absmax) + block);
-    }
+    if (thread < kRows) scale = weight.scales[scale_element >> weight.blocksize_shift];
     scale_element += kDepth;
   };
   const uint32 table = Table::address();
-  const auto write = [&](int stage, const Brought& brought) {
+  const auto write = [&](int stage) {
     const Values to = values_of(stage);
-    const uint4 codes = brought.codes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int j = i ^ thread % 2;  // neighbours in turn, so that they meet in no bank
@@ -79,26 +67,21 @@ __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weig
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      if (brings_token) tokens_of(stage).bytes_at((thread + i * kThreads) / 8, thread % 8 * 8) = brought.tokens[i];
+      if (brings_token) tokens_of(stage).bytes_at((thread + i * kThreads) / 8, thread % 8 * 8) = tokens[i];
     }
-    if (thread < kRows) {
-      float scale = brought.scale;
-      if (all.nested()) scale = __fadd_rn(__fmul_rn(__ldg(all.nested_codebook + brought.scale_code), scale), __ldg(all.nested_offset));
-      scales_of(stage)[thread] = scale;
-    }
+    if (thread < kRows) scales_of(stage)[thread] = scale;
   };
 
-  const int stage_count = int(K / kDepth);
-  Brought brought;
-  read(brought);
+  read();
   Table::fill(weight.codebook);
   __syncthreads();
-  write(0, brought);
+  write(0);
   Sums<float> totals[kTokenTiles][kRowTiles];
 #pragma unroll
   for (int i = 0; i < kTokenTiles * kRowTiles; ++i) wmma::fill_fragment(totals[i / kRowTiles][i % kRowTiles], 0.0f);
-  for (int stage = 0; stage < stage_count; ++stage) {
-    if (stage + 1 < stage_count) read(brought);
+  int stage = 0;
+  for (int64 k = 0; k < K; k += kDepth, stage ^= 1) {
+    if (k + kDepth < K) read();
     __syncthreads();  // the stage is written, and none still reads the other
     Sums<float> sums[kTokenTiles][kRowTiles];
 #pragma unroll
@@ -108,9 +91,9 @@ __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weig
       LeftTile<__half> left[kTokenTiles];
       RightTile<__half> right[kRowTiles];
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) tokens_of(stage % 2).load(left[i], first_token + 16 * i, plane);
+      for (int i = 0; i < kTokenTiles; ++i) tokens_of(stage).load(left[i], first_token + 16 * i, plane);
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) values_of(stage % 2).load(right[i], first_row + 16 * i, plane);
+      for (int i = 0; i < kRowTiles; ++i) values_of(stage).load(right[i], first_row + 16 * i, plane);
 #pragma unroll
       for (int i = 0; i < kTokenTiles * kRowTiles; ++i) {
         Sums<float>& sum = sums[i / kRowTiles][i % kRowTiles];
@@ -120,14 +103,14 @@ __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weig
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
       Sums<float> scales;  // the same for each row of x: lines that are no distance apart
-      wmma::load_matrix_sync(scales, scales_of(stage % 2) + first_row + 16 * j, 0, wmma::mem_row_major);
+      wmma::load_matrix_sync(scales, scales_of(stage) + first_row + 16 * j, 0, wmma::mem_row_major);
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
         for (int e = 0; e < scales.num_elements; ++e) totals[i][j].x[e] = fmaf(sums[i][j].x[e], scales.x[e], totals[i][j].x[e]);
       }
     }
-    if (stage + 1 < stage_count) write((stage + 1) % 2, brought);
+    if (k + kDepth < K) write(stage ^ 1);
   }
 
   constexpr int kPitch = kRows + 4;
@@ -148,12 +131,12 @@ __device__ void multiply_wmma(__half* y, const __half* x, const Weight4bit& weig
 }
 
 // Shared memory and threads of each kernel: native/host/gemm_4bit.cpp has the same numbers.
-#define WMMA(tokens, blocks, ...)                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                              \
+#define WMMA(tokens, ...)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1)                                                   \
       gemm_4bit_wmma##tokens(__half* y, const __half* x, Weight4bit weight, const __half* bias, int64 M) {    \
     multiply_wmma<tokens, __VA_ARGS__>(y, x, weight, bias, M);                                                \
   }
 
-WMMA(16, 2, 1, 1, 8)
-WMMA(32, 2, 1, 2, 4)
-WMMA(64, 1, 2, 2, 8)
+WMMA(16, 1, 1)
+WMMA(32, 1, 2)
+WMMA(64, 2, 2)

@@ -210,19 +210,16 @@ void multiply_many(const Call& call, const Product& product, int size, Address o
 constexpr int kWmmaTokens[] = {16, 32, 64};
 constexpr int kWmmaRows = 128;  // of W that a block multiplies
 
-// table_copies: of the table of values.
-constexpr unsigned wmma_shared_bytes(unsigned tokens, unsigned table_copies) {
+constexpr unsigned wmma_shared_bytes(unsigned tokens) {
   const unsigned plane = 32 * (kWmmaRows + 1) + 32 * (tokens + 1);  // 16 columns
-  return 4 * 256 * table_copies + 2 * (4 * plane + 4 * kWmmaRows);
+  return 4 * kPairTable + 2 * (4 * plane + 4 * kWmmaRows);
 }
-static_assert(2 * wmma_shared_bytes(16, 8) <= kSharedOfXavier, "two blocks of 16 rows of x");
-static_assert(2 * wmma_shared_bytes(32, 4) <= kSharedOfXavier, "two blocks of 32 rows of x");
-static_assert(wmma_shared_bytes(64, 8) <= kSharedOfXavier, "64 rows of x");
+static_assert(wmma_shared_bytes(64) <= kSharedOfXavier, "64 rows of x");
 
 Kernel wmma_kernels[3] = {
-    {"gemm_4bit_wmma", "gemm_4bit_wmma16", 256, wmma_shared_bytes(16, 8)},
-    {"gemm_4bit_wmma", "gemm_4bit_wmma32", 256, wmma_shared_bytes(32, 4)},
-    {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64, 8)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma16", 256, wmma_shared_bytes(16)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma32", 256, wmma_shared_bytes(32)},
+    {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64)},
 };
 
 bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }

@@ -65,8 +65,9 @@ _CACHE, _UNCACHED = 200e3, 1.22
 _STAGE_CLOCKS = {32: 1640.0, 64: 2380.0, 128: 3830.0}
 #: Where blocks share the columns: microseconds of a second launch, and bytes in a clock and multiprocessor of the sums in between.
 _ADD, _SUM_BYTES = 0.9, 14.0
-#: Clocks of a stage of 64 columns of 128 rows of W on tensor cores before sm_80, by the rows of x in a tile.
-_WMMA_CLOCKS = {16: 900.0, 32: 1300.0, 64: 2000.0}
+#: Clocks that a block of the kernels for tensor cores before sm_80 takes for 64 columns of 128 rows of W, by the rows of x in its
+#: tile, alone on a multiprocessor of sm_90.
+_WMMA_CLOCKS = {16: 1830.0, 32: 2000.0, 64: 2470.0}
 #: Of the kernel for any shape: its tiles of W and of x, and clocks that one takes for a column, alone on a multiprocessor and among
 #: others.
 _ANY_ROWS, _ANY_TOKENS, _ANY_ALONE, _ANY_CLOCKS = 64, 32, 206.0, 127.0
