@@ -230,6 +230,8 @@ class EmulatedArm:
         unwanted = shutil.ignore_patterns("__pycache__", "site-packages", "lib-dynload", "test", "config-*")
         shutil.copytree(of_this_machine, library, ignore=unwanted)
         shutil.copytree(bases / "lib-dynload", library / "lib-dynload")
+        (settings,) = library.glob("_sysconfigdata_*.py")
+        settings.rename(library / "_sysconfigdata__linux_aarch64-linux-gnu.py")
         shutil.copy(Path(__file__).with_name("frozen_startup.py"), library / "__startup__.py")
 
     def _install_packages(self) -> None:
