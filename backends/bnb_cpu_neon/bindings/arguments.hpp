@@ -23,6 +23,18 @@ struct Data {
 /// Releases the GIL while a kernel runs.
 using without_gil = nb::call_guard<nb::gil_scoped_release>;
 
+/// Adds a kernel whose arguments may be None where their type is optional. nanobind 2.9, the last for Python 3.8, takes that only where
+/// it is told to, for each argument.
+template <class Kernel, class... Arguments>
+void def_with_none(nb::module_ &module, const char *name, const Kernel &kernel, void (Kernel::*)(Arguments...) const) {
+    module.def(name, kernel, (static_cast<void>(sizeof(Arguments)), nb::arg().none())..., without_gil());
+}
+
+template <class Kernel>
+void def_with_none(nb::module_ &module, const char *name, const Kernel &kernel) {
+    def_with_none(module, name, kernel, &Kernel::operator());
+}
+
 inline Packed4bit packed_tensor(
     Data<const uint8_t> packed, Data<const void> absmax, Data<const float> codebook, int64_t blocksize, std::optional<Nested> nested) {
     return {packed, {absmax, blocksize, nested.value_or(Nested{})}, codebook};

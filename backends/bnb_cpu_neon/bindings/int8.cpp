@@ -32,13 +32,12 @@ void bind_int8(nb::module_ &module) {
             int8_matmul(a, b, M, N, K, product, scratch, threads);
         },
         without_gil());
-    module.def(
-        "int8_matmul_dequant",
+    def_with_none(
+        module, "int8_matmul_dequant",
         [](Data<const int32_t> product, Floats row_absmax, Floats col_absmax, std::optional<Anything> bias, int64_t M, int64_t N,
            DType dtype, Data<void> y, int threads) {
             int8_matmul_dequant(product, row_absmax, col_absmax, bias.value_or(Anything{}), M, N, dtype, y, threads);
-        },
-        without_gil());
+        });
     module.def(
         "int8_dequantize_rows",
         [](Codes codes, Floats absmax, int64_t M, int64_t K, DType dtype, Data<void> x, int threads) {
@@ -46,13 +45,12 @@ void bind_int8(nb::module_ &module) {
         },
         without_gil());
     module.def("int8_linear_scratch", int8_linear_scratch);
-    module.def(
-        "int8_linear",
+    def_with_none(
+        module, "int8_linear",
         [](DType dtype, Anything x, int64_t M, Codes codes, Floats absmax, int64_t N, int64_t K, std::optional<Anything> bias,
            double threshold, Data<void> y, Data<void> scratch, int threads) {
             int8_linear({dtype, x, M, K}, {codes, absmax, N, K}, bias.value_or(Anything{}), threshold, y, scratch, threads);
-        },
-        without_gil());
+        });
     module.def("int8_linear_transposed_scratch", int8_linear_transposed_scratch);
     module.def(
         "int8_linear_transposed",

@@ -1,6 +1,7 @@
 """An aarch64 Python with torch that runs on any Linux machine, under QEMU's user-mode emulation: no root, no chroot, no container.
 
-Needs Debian's `apt-get`, `dpkg` and `qemu-user-static` (and `qemu-user` for plugins), and a network.
+Needs Debian's `apt-get`, `dpkg` and `qemu-user-static` (and `qemu-user` for plugins), and a network; for Python 3.8 and 3.10 also
+this machine's own of that version.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ RELEASES = {
     "3.10": Release("bookworm", "3.10", {"torch": "2.10.0", **FOR_PYTHON_310}, "6.15.16"),
     # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
     "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
+    # The last torch for that Python.
     "3.8": Release("bullseye", "3.8", {"torch": "2.4.1", **FOR_PYTHON_38}, "6.15.5"),
 }
 
@@ -221,15 +223,19 @@ class EmulatedArm:
         self._install_into(freezer, f"cx_Freeze=={self.release.cx_freeze}")
         bases = freezer / "cx_Freeze/bases"
         (launcher,) = bases.glob("console-*")
-        shutil.copytree(bases / "lib", self.root / "usr/bin/lib")
+        libraries = self.root / "usr/bin/lib"
+        library = self._folder / "lib"  # found beside the script that stands for the Python
+        for remnant in (libraries, library):
+            shutil.rmtree(remnant, ignore_errors=True)
+        shutil.copytree(bases / "lib", libraries)
         shutil.copy(launcher, self.root / f"usr/bin/python{version}")
-        # The rest is found beside the script that stands for the Python.
-        library = self._folder / "lib"
         where = [f"python{version}", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"]
         of_this_machine = subprocess.run(where, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
         unwanted = shutil.ignore_patterns("__pycache__", "site-packages", "lib-dynload", "test", "config-*")
         shutil.copytree(of_this_machine, library, ignore=unwanted)
         shutil.copytree(bases / "lib-dynload", library / "lib-dynload")
+        (settings,) = library.glob("_sysconfigdata_*.py")
+        settings.rename(library / "_sysconfigdata__linux_aarch64-linux-gnu.py")
         shutil.copy(Path(__file__).with_name("frozen_startup.py"), library / "__startup__.py")
 
     def _install_packages(self) -> None:
