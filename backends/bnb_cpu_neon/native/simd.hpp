@@ -120,6 +120,15 @@ inline uint32x4_t put_above(uint32x4_t low, uint32x4_t high) {
 #endif
 }
 
+/// 64 bytes from memory of any alignment.
+inline uint8x16x4_t load_64(const uint8_t *p) {
+#if defined(__clang__) || __GNUC__ >= 10
+    return vld1q_u8_x4(p);
+#else
+    return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
+#endif
+}
+
 /// 16 float32 numbers, in order, of which each argument has one byte; the lowest first.
 BNB_INLINE inline float32x4x4_t join_bytes(uint8x16_t byte0, uint8x16_t byte1, uint8x16_t byte2, uint8x16_t byte3) {
     const uint16x8_t low0 = vreinterpretq_u16_u8(vzip1q_u8(byte0, byte1)), low1 = vreinterpretq_u16_u8(vzip2q_u8(byte0, byte1));

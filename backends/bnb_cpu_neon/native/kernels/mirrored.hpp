@@ -51,7 +51,7 @@ class MirroredCodebook {
         }
         const uint8_t *table = tables_[0][0];
         unroll<4>([&](auto byte) BNB_INLINE {
-            const uint8x16x4_t lower = vld1q_u8_x4(table);
+            const uint8x16x4_t lower = load_64(table);
             table += 64;
             for (int v = 0; v < 4; ++v) {
                 found[byte][v] = vqtbl4q_u8(lower, index[v]);
@@ -61,7 +61,7 @@ class MirroredCodebook {
         });
         for (int v = 0; v < 4; ++v) index[v] = vsubq_u8(index[v], vdupq_n_u8(64));
         unroll<4>([&](auto byte) BNB_INLINE {
-            const uint8x16x4_t upper = vld1q_u8_x4(table);
+            const uint8x16x4_t upper = load_64(table);
             table += 64;
             for (int v = 0; v < 4; ++v) {
                 found[byte][v] = vqtbx4q_u8(found[byte][v], upper, index[v]);
