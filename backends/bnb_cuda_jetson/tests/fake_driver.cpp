@@ -79,7 +79,7 @@ int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, si
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   if (find_setting("FAKE_ATTRIBUTES", attribute, value)) return 0;
   int capability = capabilities().at(device);
-  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? 8 : attribute == 18 ? 0 : 1000;
+  *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? 8 : attribute == 18 ? 0 : attribute == 97 ? 227 << 10 : 1000;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {

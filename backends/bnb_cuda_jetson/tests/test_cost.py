@@ -139,12 +139,13 @@ def test_without_tensor_cores_few_rows_have_a_kernel_and_many_have_another():
         assert {fastest("AGX Xavier", M, N, K, torch.float16) for M in (8, 64, 512)} == {WMMA}
 
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu_paths_h200.json"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the measurements are not here")
-def test_choices_are_near_the_fastest_path_that_was_measured():
-    products = json.loads(RESULTS.read_text())["products"]
+@pytest.mark.parametrize("run", ["gpu_paths_h200.json", "gpu_paths_bfloat16_h200.json"])
+def test_choices_are_near_the_fastest_path_that_was_measured(run):
+    products = json.loads((RESULTS / run).read_text())["products"]
     assert len(products) >= 90
     for row in products:
         times, dtype = row["microseconds"], getattr(torch, row["dtype"].replace("torch.", ""))

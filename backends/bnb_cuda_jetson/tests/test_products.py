@@ -75,6 +75,27 @@ def test_the_kernel_for_any_shape(run_with_driver):
 
 
 @with_tensor_cores
+@pytest.mark.parametrize(
+    ("kilobytes", "one_row", "many_rows", "rows_of_int8"),
+    [
+        (
+            163,
+            ["any", "one", "few", "wmma", "many32", "many64", "many128"],
+            ["any", "few", "wmma", "many32", "many64", "many128"],
+            "few",
+        ),
+        (99, ["any", "one", "wmma", "many32"], ["any", "wmma", "many32"], "few"),
+        (64, ["any"], ["any"], "tensor"),
+    ],
+)
+def test_kernels_that_a_block_has_no_shared_memory_for_are_left_out(run_with_driver, kilobytes, one_row, many_rows, rows_of_int8):
+    code = f"for M in (1, 64): print(*_native.gemm_4bit_paths(0, {FLOAT16}, M, 4096, 4096, 64, False))\n"
+    code += "print(_native.int8_paths(0, True, 1, 4096)[0])"
+    run = run_with_driver(code, str(max(ARCHITECTURES)), attributes=f"97={kilobytes << 10}")
+    assert run.output.split("\n")[:3] == [" ".join(one_row), " ".join(many_rows), rows_of_int8]
+
+
+@with_tensor_cores
 def test_many_rows_share_columns_where_there_are_few_blocks(run_with_driver):
     """Two tiles of 128 rows of W on eight multiprocessors: four blocks each, if each has two stages of 128 columns."""
     calls = gemm(M=64, K=4096, path="many64"), gemm(M=32, N=4096, K=256, path="many32"), gemm(M=65, N=512, K=512, path="many64")

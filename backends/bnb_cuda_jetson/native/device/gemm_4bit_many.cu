@@ -209,10 +209,8 @@ __device__ void add_partial_sums(T* y, const float* partial_sums, const T* bias,
 #define MANY(name, T)                                                                                                       \
   MANY_TOKENS(name, T, 32, false)                                                                                           \
   MANY_TOKENS(name, T, 64, false)                                                                                           \
-  MANY_TOKENS(name, T, 128, false)                                                                                          \
   MANY_TOKENS(name##_nested, T, 32, true)                                                                                   \
   MANY_TOKENS(name##_nested, T, 64, true)                                                                                   \
-  MANY_TOKENS(name##_nested, T, 128, true)                                                                                  \
   extern "C" __global__ void __launch_bounds__(kThreads)                                                                    \
       gemm_4bit_add_##name(T* y, const float* partial_sums, const T* bias, int64 M, int64 N, int parts) {                   \
     add_partial_sums(y, partial_sums, bias, M, N, parts);                                                                   \
@@ -220,4 +218,10 @@ __device__ void add_partial_sums(T* y, const float* partial_sums, const T* bias,
 
 MANY(float16, __half)
 MANY(bfloat16, __nv_bfloat16)
+#if __CUDA_ARCH__ < 1200  // from there on a block cannot have the shared memory
+MANY_TOKENS(float16, __half, 128, false)
+MANY_TOKENS(float16_nested, __half, 128, true)
+MANY_TOKENS(bfloat16, __nv_bfloat16, 128, false)
+MANY_TOKENS(bfloat16_nested, __nv_bfloat16, 128, true)
+#endif
 #endif

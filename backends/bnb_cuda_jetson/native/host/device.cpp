@@ -38,6 +38,7 @@ const Device* inspect(int ordinal) {
   found->memory_clock_kilohertz = attribute(found->handle, kMemoryClockKilohertz);
   found->memory_bus_bits = attribute(found->handle, kMemoryBusBits);
   found->l2_bytes = attribute(found->handle, kL2Bytes);
+  found->shared_bytes = attribute(found->handle, kSharedBytes);
   found->integrated = attribute(found->handle, kIntegrated);
   return found.release();  // kept for the life of the process
 }

@@ -20,6 +20,7 @@ struct Device {
   int memory_clock_kilohertz;
   int memory_bus_bits;
   int l2_bytes;
+  int shared_bytes;  // that a block may have
   bool integrated;  // shares the memory of the CPU
 
   // "cuda:0 (Orin)".

@@ -24,6 +24,7 @@ constexpr int kIntegrated = 18;                // CU_DEVICE_ATTRIBUTE_INTEGRATED
 constexpr int kMemoryClockKilohertz = 36;      // CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE
 constexpr int kMemoryBusBits = 37;             // CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
 constexpr int kL2Bytes = 38;                   // CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
+constexpr int kSharedBytes = 97;               // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 constexpr int kComputeMajor = 75;              // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 constexpr int kComputeMinor = 76;              // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 constexpr int kMaxDynamicShared = 8;           // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

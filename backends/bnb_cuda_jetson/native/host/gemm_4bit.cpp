@@ -23,6 +23,7 @@ struct Product {
 
   bool has_tensor_cores() const { return device.architecture >= 80 && dtype != kFloat32; }
   bool one_scale_for_64() const { return K % 64 == 0 && blocksize_shift >= 6; }
+  bool whole_runs() const { return aligned && K % 32 == 0 && K < (std::int64_t(1) << 31) - 4096; }  // of 16 bytes
 };
 
 // ---------------------------------------------------------------------------------------------------------------- few rows of x
@@ -92,7 +93,10 @@ FewKernel& few_kernel(const Product& product) {
   return product.device.architecture >= 90 ? wide_sixteen_rows[index] : sixteen_rows[index];
 }
 
-bool fits_few(const Product& product) { return product.aligned && product.K % 32 == 0 && product.K < (std::int64_t(1) << 31) - 4096; }
+bool fits_few(const Product& product) {
+  const FewKernel& few = few_kernel(product);
+  return product.whole_runs() && (product.nested ? few.nested : few.plain).fits(product.device);
+}
 
 // Warps that share a tile of 16 rows of W, as a power of two. The estimate, in pieces of 256 columns: the tiles that a team of warps takes
 // one after the other, each of its share of pieces and about one more for the exchange of sums; and from some number of warps on,
@@ -135,7 +139,8 @@ constexpr std::int64_t kWorthTwoBlocks = 1 << 20;
 
 // Nested scales take longer here than with the kernels for few rows.
 bool fits_one(const Product& product) {
-  return fits_few(product) && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested;
+  return product.whole_runs() && product.M == 1 && product.has_tensor_cores() && product.one_scale_for_64() && !product.nested &&
+         one_kernels[0].fits(product.device);
 }
 
 void multiply_one(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
@@ -184,9 +189,12 @@ Cut cut_many(std::int64_t multiprocessors, int tokens, std::int64_t M, std::int6
   return {static_cast<int>(ceil_div(stages, each)), static_cast<int>(each)};
 }
 
-bool fits_many(const Product& product) { return fits_few(product) && product.has_tensor_cores() && product.one_scale_for_64(); }
-
 // size: of tiles, as an index of kManyTokens.
+template <int size>
+bool fits_many(const Product& product) {
+  return product.whole_runs() && product.has_tensor_cores() && product.one_scale_for_64() && many_kernels[0][size].fits(product.device);
+}
+
 void multiply_many(const Call& call, const Product& product, int size, Address out, Address x, const Weight4bit& weight, Address bias,
                    Address scratch) {
   const std::int64_t M = product.M;
@@ -222,7 +230,9 @@ Kernel wmma_kernels[3] = {
     {"gemm_4bit_wmma", "gemm_4bit_wmma64", 256, wmma_shared_bytes(64)},
 };
 
-bool fits_wmma(const Product& product) { return fits_few(product) && product.dtype == kFloat16 && product.one_scale_for_64(); }
+bool fits_wmma(const Product& product) {
+  return product.whole_runs() && product.dtype == kFloat16 && product.one_scale_for_64() && wmma_kernels[2].fits(product.device);
+}
 
 void multiply_wmma(const Call& call, const Product& product, Address out, Address x, const Weight4bit& weight, Address bias) {
   const int size = product.M <= 16 ? 0 : product.M <= 32 ? 1 : 2, tokens = kWmmaTokens[size];
@@ -239,9 +249,9 @@ constexpr Paths<Product, 7> kPaths{"gemm_4bit",
                                     {"one", fits_one},
                                     {"few", fits_few},
                                     {"wmma", fits_wmma},
-                                    {"many32", fits_many, 0},
-                                    {"many64", fits_many, 1},
-                                    {"many128", fits_many, 2}}};
+                                    {"many32", fits_many<0>, 0},
+                                    {"many64", fits_many<1>, 1},
+                                    {"many128", fits_many<2>, 2}}};
 
 // ------------------------------------------------------------------------------------------------------------------ entry points
 // The names of the paths that take a product whose operands begin at multiples of 16 bytes.

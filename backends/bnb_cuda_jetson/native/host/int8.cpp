@@ -80,7 +80,8 @@ struct Product {
 // One kernel that quantizes x itself.
 bool fits_few(const Product& product) {
   const std::int64_t bytes = ((product.rows == 1 ? 1 : 4) + 2) * product.K;
-  return product.is_linear && product.rows <= 4 && product.K % 16 == 0 && product.aligned && bytes <= static_cast<std::int64_t>(kFewBytes);
+  return product.is_linear && product.rows <= 4 && product.K % 16 == 0 && product.aligned &&
+         bytes <= static_cast<std::int64_t>(kFewBytes) && linear_one_kernels[0].fits(product.device);
 }
 bool fits_wmma(const Product& product) { return product.K % 16 == 0 && product.aligned; }
 bool fits_tensor(const Product& product) { return fits_wmma(product) && product.device.architecture >= 80; }

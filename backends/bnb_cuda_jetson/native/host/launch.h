@@ -23,6 +23,8 @@ class Kernel {
 
   unsigned threads() const { return threads_; }
   unsigned shared_bytes() const { return shared_bytes_; }
+  // Whether a block may have its shared memory there: the dynamic, and up to 1 KB that the kernel declares.
+  bool fits(const Device& device) const { return shared_bytes_ + 1024 <= static_cast<unsigned>(device.shared_bytes); }
   const LoadedKernel& on(const Device& device) {
     const LoadedKernel* loaded = loaded_[device.ordinal].load(std::memory_order_acquire);
     return loaded ? *loaded : load(device);
