@@ -64,7 +64,8 @@ RELEASES = {
     # The newest torch whose aarch64 wheel comes without CUDA.
     "3.13": Release("trixie", "3.13", {"torch": "2.10.0"}),
     "3.11": Release("bookworm", "3.11", {"torch": "2.10.0"}),
-    "3.10": Release("bookworm", "3.10", {"torch": "2.10.0", **FOR_PYTHON_310}, "6.15.16"),
+    # With pages of 64 KB, as cx_Freeze's launcher needs them, the emulator cannot load newer torch.
+    "3.10": Release("bookworm", "3.10", {"torch": "2.4.1", **FOR_PYTHON_310}, "6.15.16"),
     # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
     "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
     # The last torch for that Python.
@@ -142,8 +143,8 @@ class EmulatedArm:
             CalledProcessError: it failed.
         """
         emulator = {"QEMU_CPU": cpu, "QEMU_LD_PREFIX": str(self._prefix(cpu)), "BNB_EMULATOR": EMULATOR}
-        if self.release.cx_freeze:
-            emulator["QEMU_PAGESIZE"] = "65536"  # the launcher's segments are laid out for that
+        if self.release.python == "3.8":
+            emulator["QEMU_PAGESIZE"] = "65536"  # that launcher's segments are laid out for it
         if plugin:
             emulator.update(QEMU_PLUGIN=plugin, QEMU_LOG="plugin", BNB_EMULATOR=EMULATOR_WITH_PLUGINS)
         guest = {"PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": str(self.site), **ENVIRONMENT, **(environment or {})}
