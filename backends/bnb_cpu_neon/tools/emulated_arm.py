@@ -64,8 +64,7 @@ RELEASES = {
     # The newest torch whose aarch64 wheel comes without CUDA.
     "3.13": Release("trixie", "3.13", {"torch": "2.10.0"}),
     "3.11": Release("bookworm", "3.11", {"torch": "2.10.0"}),
-    # With pages of 64 KB, as cx_Freeze's launcher needs them, the emulator cannot load newer torch.
-    "3.10": Release("bookworm", "3.10", {"torch": "2.4.1", **FOR_PYTHON_310}, "6.15.16"),
+    "3.10": Release("bookworm", "3.10", {"torch": "2.10.0", **FOR_PYTHON_310}, "6.15.16"),
     # glibc 2.31, as on JetPack 5; the last torch that runs on ARMv8.0.
     "3.9": Release("bullseye", "3.9", {"torch": "2.5.1", **FOR_PYTHON_39}),
     # The last torch for that Python.
