@@ -23,23 +23,10 @@ from bnb_cuda_jetson import _native, cost
 from bnb_cuda_jetson import tuning as products
 from bnb_cuda_jetson.calls import DTYPES
 from bnb_cuda_jetson.choice import choose, estimates
+from gpu_products import ROWS, SHAPES
 
 from bnb_core.backends import refresh, tuning
 
-#: As in gpu_vs_bitsandbytes.py.
-SHAPES = (
-    (4096, 4096),
-    (1024, 4096),
-    (14336, 4096),
-    (4096, 14336),
-    (2048, 2048),
-    (8192, 2048),
-    (2048, 8192),
-    (896, 896),
-    (4864, 896),
-    (128256, 2048),
-)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 #: Paths that are estimated to take longer than this many times the fastest are left out.
 HOPELESS = 6.0
 REPLAYS = 15

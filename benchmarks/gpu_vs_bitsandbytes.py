@@ -16,24 +16,11 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import bitsandbytes
 import gpu_timing
 import torch
+from gpu_products import ROWS, SHAPES
 
 from bnb_core import ops
 from bnb_core.quantization.codebooks import get_codebook
 
-#: Rows and columns of the weights: projections of language models from 0.5 B to 8 B parameters, and the head of one.
-SHAPES = (
-    (4096, 4096),
-    (1024, 4096),
-    (14336, 4096),
-    (4096, 14336),
-    (2048, 2048),
-    (8192, 2048),
-    (2048, 8192),
-    (896, 896),
-    (4864, 896),
-    (128256, 2048),
-)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 INT8_SHAPES = ((4096, 4096), (14336, 4096))
 INT8_ROWS = (1, 4, 16, 64, 512)
 BLOCKSIZE = 64

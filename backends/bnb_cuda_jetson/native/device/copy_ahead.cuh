@@ -43,6 +43,15 @@ __device__ inline uint4 load_shared<uint4>(uint32 from) {
 
 __device__ inline void store_shared(uint32 to, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory"); }
 
+// Load, or give zeros. Written out, so that it is issued where it stands: before a wait that follows, not after it.
+__device__ inline uint4 load_if(bool condition, const void* from) {
+  uint4 value = make_uint4(0, 0, 0, 0);
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+               : "l"(from), "r"(uint32(condition)));
+  return value;
+}
+
 #if __CUDA_ARCH__ >= 800
 // 4, 8 or 16 bytes, to and from addresses that are multiples of the size. What is larger goes past the first-level cache.
 template <int kSize>

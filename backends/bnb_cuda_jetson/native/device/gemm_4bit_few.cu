@@ -28,15 +28,6 @@ struct Piece {
 };
 
 #if __CUDA_ARCH__ >= 800
-// Load, or give zeros. Written out, so that it is issued where it stands: before the wait for a piece, not after it.
-__device__ inline uint4 load_if(bool condition, const uint4* from) {
-  uint4 value = make_uint4(0, 0, 0, 0);
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-               : "l"(from), "r"(uint32(condition)));
-  return value;
-}
-
 // One row of x, on tensor cores. A tile product has eight columns: one for each of the eight runs of 32 columns that a piece's rows have,
 // and x stands in a run's own column only. So sums come out run by run, and are scaled in float32 once a piece.
 template <class T_, int kScaleRun_>

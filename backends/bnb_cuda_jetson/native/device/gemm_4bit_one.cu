@@ -25,15 +25,6 @@ constexpr int kRowBytes = kColumns / 2;
 constexpr int kScalesAt = kRows * kRowBytes;
 constexpr int kPieceBytes = kScalesAt + kRows * kChunks * 4;
 
-// Load, or give zeros. Written out, so that it is issued where it stands: before the wait for a piece, not after it.
-__device__ inline uint4 load_if(bool condition, const void* from) {
-  uint4 value = make_uint4(0, 0, 0, 0);
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-               : "l"(from), "r"(uint32(condition)));
-  return value;
-}
-
 // Fills the pieces of a warp, one after the other.
 struct Reader {
   static constexpr int kCopies = kRows * kRowBytes / 512, kCopyRows = 512 / kRowBytes;  // of 16 bytes of codes a lane; rows of each
