@@ -2,8 +2,8 @@
 
 import json
 import math
-import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -180,8 +180,7 @@ def test_a_write_that_fails_leaves_the_table_before_and_nothing_else(folder, mon
     assert tuning.read("acme", IDENTITY) == a_table()
 
 
-def write_many(folder, number):
-    os.environ["BNB_TUNE_CACHE"] = str(folder)
+def write_many(number):
     for _ in range(60):
         tuning.write(a_table({f"case {i}": {"slow": float(number), "fast": float(number)} for i in range(200)}))
         found = tuning.read("acme", IDENTITY)
@@ -190,13 +189,10 @@ def write_many(folder, number):
 
 
 def test_processes_that_write_at_once_leave_one_whole_table(folder):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=write_many, args=(folder, number)) for number in (1, 2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['write_many'](int(sys.argv[2]))"
+    command = [sys.executable, "-c", code, __file__]
+    processes = [subprocess.Popen([*command, number]) for number in ("1", "2")]
+    assert [process.wait() for process in processes] == [0, 0]
     assert [file.name for file in folder.iterdir()] == [tuning.table_file("acme", IDENTITY.device).name]
 
 
