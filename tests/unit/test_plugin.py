@@ -36,6 +36,7 @@ ONE_IMPORT = "from bnb_core.testing.conformance import *  # noqa: F403\n"
 def project(tmp_path):
     """An empty project; call it with arguments to run pytest there, with the backends above."""
     (tmp_path / "partial.py").write_text(textwrap.dedent(PARTIAL))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # or the tests would belong to a project that the folder lies in
 
     def run(*args, plugin="partial", **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("BNB_", "PYTEST_"))}
