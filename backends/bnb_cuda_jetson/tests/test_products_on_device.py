@@ -139,6 +139,19 @@ def captured(calls: Callable[[], torch.Tensor]) -> torch.Tensor:
     return result
 
 
+def assert_waits_change_nothing(calls: Callable[[Callable[[], None]], torch.Tensor]) -> None:
+    """Compare calls that wait for the device at each step with the same calls without, and in a graph.
+
+    Args:
+        calls: makes the calls, with what to call between two.
+    """
+    expected = calls(torch.cuda.synchronize)
+    assert expected.float().std() > 1e-3
+    for _ in range(20):
+        assert torch.equal(calls(lambda: None), expected)
+    assert torch.equal(captured(lambda: calls(lambda: None)), expected)
+
+
 @pytest.mark.parametrize("M", [1, 8, 40, 200])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_chain_of_products_is_the_products_one_by_one(M, dtype):
@@ -157,11 +170,7 @@ def test_a_chain_of_products_is_the_products_one_by_one(M, dtype):
             step()
         return x.clone()
 
-    expected = chain(torch.cuda.synchronize)
-    assert expected.float().std() > 1e-3
-    for _ in range(20):
-        assert torch.equal(chain(lambda: None), expected)
-    assert torch.equal(captured(lambda: chain(lambda: None)), expected)
+    assert_waits_change_nothing(chain)
 
 
 @pytest.mark.parametrize("M", [1, 8, 64])
@@ -197,11 +206,7 @@ def test_a_product_sees_what_any_kernel_or_copy_before_it_wrote(M):
             step()
         return torch.stack(results)
 
-    expected = calls(torch.cuda.synchronize)
-    assert expected.float().std() > 1e-3
-    for _ in range(10):
-        assert torch.equal(calls(lambda: None), expected)
-    assert torch.equal(captured(lambda: calls(lambda: None)), expected)
+    assert_waits_change_nothing(calls)
 
 
 @pytest.mark.parametrize("M", [1, 8, 64])
@@ -224,8 +229,4 @@ def test_what_follows_a_product_waits_for_it(M):
             step()
         return torch.stack(results)
 
-    expected = calls(torch.cuda.synchronize)
-    assert expected.float().std() > 1e-3
-    for _ in range(10):
-        assert torch.equal(calls(lambda: None), expected)
-    assert torch.equal(captured(lambda: calls(lambda: None)), expected)
+    assert_waits_change_nothing(calls)
